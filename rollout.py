@@ -1,0 +1,246 @@
+"""Prompts out, completions back: environments, and the HTTP calls to the behavior policy.
+
+An Environment is data and judgement: rows of chat prompts with images, and reward functions.
+A Generator sends one chat-completions request per prompt with n=G to the vLLM server, scores what
+comes back and hands the whole step over as GenerateOutputs, one line per completion. The token ids
+and their logprobs are kept exactly as the server sampled them; nothing is tokenised again.
+"""
+import base64
+import importlib
+import io
+import random
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import requests
+from PIL import Image, ImageOps
+
+# The sampling distribution must be the softmax that the trainer differentiates. Without these
+# the server applies the model's generation_config.json (top_k=1 in Qwen2-VL's).
+FULL_SOFTMAX = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the policy is trained on; `load_environment(**args)` of an env module returns one.
+
+    A row is {"prompt": chat messages, "answer": str, "info": dict (optional)}; other keys reach
+    the adapter through `state`. Images stand in the messages as parts {"type": "image", "image":
+    SOURCE} or {"type": "image_url", "image_url": {"url": SOURCE}}; see load_image for SOURCE.
+    Each reward is f(completion, answer, **info) -> float; a completion's reward is their weighted
+    sum (weights default to 1). They are called from several threads.
+    """
+    train: Sequence[dict]
+    eval: Sequence[dict]
+    rewards: Sequence[Callable[..., float]]
+    weights: Sequence[float] | None = None
+
+
+@dataclass
+class Rollout:
+    """One completion of one prompt, as sampled and scored."""
+    prompt: list[dict]
+    completion: str
+    answer: str
+    state: dict
+    info: dict
+    example_id: int                   # the group: all completions of one prompt share it
+    reward: float
+    metrics: dict[str, float]         # unweighted value of each reward function
+    prompt_ids: list[int]             # image placeholders already expanded, by the server
+    completion_ids: list[int]         # with the end-of-turn token, if it was sampled
+    completion_logprobs: list[float]  # of completion_ids, at the sampling temperature
+    finish_reason: str                # "stop" or "length"
+    images: list[Image.Image]
+    encoded: object = None            # what the adapter made of (prompt, images), if it was asked
+
+
+@dataclass
+class GenerateOutputs:
+    """A step's completions as parallel lists; outputs.reward and outputs["reward"] both work."""
+    prompt: list[list[dict]]
+    completion: list[str]
+    answer: list[str]
+    state: list[dict]
+    info: list[dict]
+    example_id: list[int]
+    reward: list[float]
+    metrics: dict[str, list[float]]
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    completion_logprobs: list[list[float]]
+    finish_reason: list[str]
+    images: list[list[Image.Image]]
+    encoded: list = field(default_factory=list)
+
+    @classmethod
+    def from_rollouts(cls, rollouts: list[Rollout]) -> "GenerateOutputs":
+        columns = {f.name: [getattr(r, f.name) for r in rollouts] for f in fields(Rollout)}
+        names = list(rollouts[0].metrics) if rollouts else []
+        columns["metrics"] = {name: [r.metrics[name] for r in rollouts] for name in names}
+        return cls(**columns)
+
+    def __getitem__(self, name: str):
+        if name not in self.__dataclass_fields__:
+            raise KeyError(f"GenerateOutputs has no {name!r}; it has {list(self.__dataclass_fields__)}")
+        return getattr(self, name)
+
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+
+def load_environment(env_id: str, args: dict) -> Environment:
+    """Import env_id ("my-env" -> module my_env, else envs/my_env.py) and call its loader.
+
+    Raises ValueError naming every place that was looked at.
+    """
+    name = env_id.replace("-", "_").split("/")[-1]
+    for module_name in (name, f"envs.{name}"):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name not in (module_name, module_name.split(".")[0]):
+                raise  # the environment is there; something that it imports is not
+            continue
+        if hasattr(module, "load_environment"):
+            return module.load_environment(**args)
+    raise ValueError(f"environment {env_id!r}: no load_environment() in a module {name!r} on "
+                     f"sys.path ({sys.path[0] or '.'}, ...) or in {Path('envs', name + '.py')}")
+
+
+def load_image(source, timeout: float = 20) -> Image.Image:
+    """RGB pixels from a PIL image, path, http(s) URL, data URI, raw bytes or {"bytes"/"path"}.
+
+    Raises ValueError when the source cannot be read as an image; there is no stand-in.
+    """
+    try:
+        if isinstance(source, dict):  # the Hugging Face datasets form, undecoded
+            source = source.get("bytes") or source.get("path")
+        if isinstance(source, str) and source.startswith("data:"):
+            source = base64.b64decode(source.split(",", 1)[1])
+        elif isinstance(source, str) and source.startswith(("http://", "https://")):
+            response = requests.get(source, timeout=timeout)
+            response.raise_for_status()
+            source = response.content
+        if isinstance(source, bytes):
+            source = io.BytesIO(source)
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")  # on white, as vLLM does
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except (OSError, ValueError, TypeError, AttributeError, requests.RequestException) as error:
+        raise ValueError(f"cannot read image {str(source)[:80]!r}: {error}") from error
+
+
+def png_data_uri(image: Image.Image) -> str:
+    """Lossless, so that server and trainer see the same pixels."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def render_prompt(prompt: list[dict]) -> tuple[list[dict], list[Image.Image]]:
+    """Chat messages -> (the same in OpenAI form with PNG data URIs, the images in order)."""
+    messages, images = [], []
+    for message in prompt:
+        content = message["content"]
+        if not isinstance(content, str):
+            parts = []
+            for part in content:
+                if part["type"] in ("image", "image_url"):
+                    source = part.get("image", part.get("image_url"))
+                    if isinstance(source, dict) and "url" in source:
+                        source = source["url"]
+                    images.append(load_image(source))
+                    part = {"type": "image_url", "image_url": {"url": png_data_uri(images[-1])}}
+                parts.append(part)
+            content = parts
+        messages.append({**message, "content": content})
+    return messages, images
+
+
+class Generator:
+    """Rolls out an environment's prompts on a vLLM OpenAI server.
+
+    max_concurrent requests (one per prompt, n completions each) are in flight at most.
+    logit_bias keeps the vision tokens from being sampled; `encode`, if given, is called with
+    (prompt, images) once per prompt while other requests are still running.
+    """
+
+    def __init__(self, environment: Environment, base_url: str, *, model: str, temperature: float,
+                 max_tokens: int, seed: int, logit_bias: dict[int, float], max_concurrent: int,
+                 timeout: float, encode: Callable | None = None):
+        if not len(environment.train):
+            raise ValueError("the environment's train split is empty")
+        self.environment, self.base_url, self.timeout = environment, base_url, timeout
+        self.weights = environment.weights or [1.0] * len(environment.rewards)
+        self.seed, self.encode = seed, encode
+        self.request = {"model": model, "temperature": temperature, "max_tokens": max_tokens,
+                        "logprobs": True, "return_token_ids": True, **FULL_SOFTMAX,
+                        "logit_bias": {str(token): bias for token, bias in logit_bias.items()}}
+        self.pool = ThreadPoolExecutor(max_concurrent, thread_name_prefix="rollout")
+        self.local = threading.local()
+
+    def train_step(self, step: int, num_prompts: int, group_size: int) -> GenerateOutputs:
+        """The step's prompts, each sampled group_size times. A function of (seed, step) alone.
+
+        Prompts advance through the shuffled train split, epoch after epoch.
+        """
+        rows = self.environment.train
+        jobs = []
+        for position in range(step * num_prompts, (step + 1) * num_prompts):
+            epoch, offset = divmod(position, len(rows))
+            if not jobs or offset == 0:
+                order = list(range(len(rows)))
+                random.Random(f"{self.seed}-{epoch}").shuffle(order)
+            jobs.append((rows, order[offset], group_size, position * group_size))
+        return self._run(jobs)
+
+    def evaluate(self, num_samples: int = 1) -> GenerateOutputs:
+        """Every held-out row, sampled at the training temperature with seeds of its own."""
+        rows = self.environment.eval
+        return self._run([(rows, i, num_samples, (1 << 39) + i * num_samples)
+                          for i in range(len(rows))])
+
+    def _run(self, jobs: list[tuple]) -> GenerateOutputs:
+        groups = self.pool.map(lambda job: self._group(*job), jobs)
+        return GenerateOutputs.from_rollouts([rollout for group in groups for rollout in group])
+
+    def _group(self, rows: Sequence[dict], index: int, n: int, seed: int) -> list[Rollout]:
+        """One prompt's n completions, scored."""
+        row = rows[index]
+        messages, images = render_prompt(row["prompt"])
+        # vLLM gives sample i of a request the seed + i: neighbours are n apart, none overlap
+        reply = self._post({**self.request, "messages": messages, "n": n,
+                            "seed": (self.seed << 40) + seed})
+        encoded = self.encode(row["prompt"], images) if self.encode else None
+        info, answer = row.get("info") or {}, row.get("answer", "")
+        first_url = next((part["image_url"]["url"] for m in messages if isinstance(m["content"], list)
+                          for part in m["content"] if part["type"] == "image_url"), None)
+        rollouts = []
+        for choice in reply["choices"]:
+            text = choice["message"]["content"] or ""
+            scores = {f.__name__: float(f(text, answer, **info)) for f in self.environment.rewards}
+            rollouts.append(Rollout(
+                prompt=row["prompt"], completion=text, answer=answer, info=info, example_id=index,
+                state={"image_url": first_url, **row}, images=images, encoded=encoded,
+                reward=sum(w * s for w, s in zip(self.weights, scores.values(), strict=True)),
+                metrics=scores, prompt_ids=reply["prompt_token_ids"],
+                completion_ids=choice["token_ids"], finish_reason=choice["finish_reason"],
+                completion_logprobs=[t["logprob"] for t in choice["logprobs"]["content"]]))
+        return rollouts
+
+    def _post(self, body: dict) -> dict:
+        if not hasattr(self.local, "session"):
+            self.local.session = requests.Session()
+        url = f"{self.base_url}/v1/chat/completions"
+        response = self.local.session.post(url, json=body, timeout=self.timeout)
+        if response.status_code != 200:
+            raise RuntimeError(f"{url} answered {response.status_code}: {response.text[:500]}")
+        return response.json()
