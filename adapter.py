@@ -120,14 +120,11 @@ def collate(encoded: list[dict], prompt_ids: list[list[int]], index: list[int],
                     tokens[key][row, :len(prompt_ids[row])] = pieces[p][0]
             continue
         present = [p for p in pieces if p is not None]
-        largest = [max(sizes) for sizes in zip(*(p.shape[1:] for p in present), strict=True)]
-        images[key] = torch.cat([pad_to(p, largest) for p in present])
+        sizes = [max(s) for s in zip(*(p.shape[1:] for p in present), strict=True)]
+        padding = [[n for size, have in zip(sizes[::-1], p.shape[:0:-1]) for n in (0, size - have)]
+                   for p in present]
+        images[key] = torch.cat([torch.nn.functional.pad(p, n) for p, n in zip(present, padding)])
+        if images[key].is_floating_point():
+            images[key] = images[key].float()  # one family's processor emits bfloat16
         image_rows[key] = [0 if p is None else len(p) for p in pieces]
     return tokens, images, image_rows
-
-
-def pad_to(tensor: Tensor, sizes: list[int]) -> Tensor:
-    """tensor with every dim but the first zero-padded at the end to sizes."""
-    padding = [n for size, have in zip(reversed(sizes), reversed(tensor.shape[1:]))
-               for n in (0, size - have)]
-    return torch.nn.functional.pad(tensor, padding)

@@ -4,12 +4,14 @@ The loop is three calls: roll out the step's prompts on the vLLM server (rollout
 optimizer step on what came back (update), send the new weights to the server (sync.py). This
 file owns the config, the policy's forward pass, the trainer and the command line.
 """
+import collections
 import contextlib
 import difflib
 import json
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -20,9 +22,14 @@ from tqdm import tqdm
 
 import sync
 from adapter import MultimodalAdapter
-from batch import MultimodalBatch
+from batch import Fork, MultimodalBatch
 from loss import group_advantages, grpo_loss, token_logprobs
 from rollout import GenerateOutputs, Generator, load_environment
+
+
+def positive(default):
+    """A config field that must be above 0."""
+    return field(default=default, metadata={"above": 0})
 
 
 @dataclass(frozen=True)
@@ -37,52 +44,50 @@ class MultimodalRLConfig:
     output_dir: str = "./outputs"        # everything is written to output_dir/run_name
     seed: int = 0
 
-    max_steps: int = 500
-    batch_size: int = 512                # completions per optimizer step
-    rollouts_per_step: int = 16          # prompts per step; G = batch_size / rollouts_per_step
-    micro_batch_size: int = 4            # completions per forward/backward: lower it for memory
-    learning_rate: float = 1e-5
-    warmup_steps: int = 0                # linear, then constant
+    max_steps: int = positive(500)
+    batch_size: int = positive(512)           # completions per optimizer step
+    rollouts_per_step: int = positive(16)     # prompts; G = batch_size / rollouts_per_step
+    micro_batch_size: int = positive(4)       # completions per forward: lower it for memory
+    learning_rate: float = positive(1e-5)
+    warmup_steps: int = 0                     # linear, then constant
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    mask_ratio_low: float = 0.1          # tokens whose importance ratio lies outside are left out
-    mask_ratio_high: float = 10.0
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    divide_by_std: bool = False          # of the group's rewards, as the first GRPO paper did
-    share_prompt: bool | None = None     # unset: decided per micro-batch, by counting work
+    max_grad_norm: float = positive(1.0)
+    mask_ratio_low: float = 0.1               # outside, a token is left out of the loss
+    mask_ratio_high: float = positive(10.0)
+    clip_low: float = positive(0.2)
+    clip_high: float = positive(0.2)
+    divide_by_std: bool = False               # advantages over the group's std
+    share_prompt: bool | None = None          # unset: decided per micro-batch, by counting work
     gradient_checkpointing: bool = False
-    freeze_vision: bool = False          # train the language model alone
+    freeze_vision: bool = False               # train the language model alone
 
-    temperature: float = 1.0
-    max_tokens: int = 512
-    vllm_server_host: str = "0.0.0.0"    # a local name: train.py starts the server itself
-    vllm_server_port: int = 8000
-    vllm_server_timeout: float = 600     # seconds: to come up; also for a weight update
-    generation_timeout: float = 600      # seconds: for one prompt's completions
-    max_concurrent: int = 128            # requests (prompts) in flight
-    sync_to_vllm_every: int = 1          # steps; 0 = never, on purpose
+    temperature: float = positive(1.0)
+    max_tokens: int = positive(512)
+    vllm_server_host: str = "0.0.0.0"         # a local name: train.py starts the server itself
+    vllm_server_port: int = positive(8000)
+    vllm_server_timeout: float = positive(600)  # seconds to come up; also for a weight update
+    generation_timeout: float = positive(600)   # seconds for one prompt's completions
+    max_concurrent: int = positive(128)       # requests (prompts) in flight
+    sync_to_vllm_every: int = 1               # steps; 0 = never, on purpose
 
-    log_every_steps: int = 10            # sampled rollouts are written
-    save_every_steps: int = 0            # 0 = only at the end
-    eval_every_steps: int = 0            # also before the first and after the last; 0 = never
-    eval_samples: int = 1                # completions per held-out prompt
-    wandb_project: str = ""              # set: log to Weights & Biases too
+    log_every_steps: int = positive(10)       # sampled rollouts are written
+    save_every_steps: int = 0                 # 0 = only at the end
+    eval_every_steps: int = 0                 # also before the first and after the last step
+    eval_samples: int = positive(1)           # completions per held-out prompt
+    wandb_project: str = ""                   # set: log to Weights & Biases too
 
     def __post_init__(self):
-        check_types(self, "")
-        for name in ("max_steps", "batch_size", "rollouts_per_step", "micro_batch_size",
-                     "learning_rate", "max_grad_norm", "temperature", "max_tokens",
-                     "vllm_server_port", "vllm_server_timeout", "generation_timeout",
-                     "max_concurrent", "log_every_steps", "eval_samples"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        check_types(self)
+        for f in fields(self):
+            value, least = getattr(self, f.name), f.metadata.get("above")
+            if least is not None and value <= least:
+                raise ValueError(f"{f.name} must be above {least}, not {value}")
         if self.batch_size % self.rollouts_per_step:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of rollouts_per_step "
-                             f"{self.rollouts_per_step}: G = batch_size / rollouts_per_step")
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of rollouts_per_step"
+                             f" {self.rollouts_per_step}: G = batch_size / rollouts_per_step")
         if self.group_size < 2:
-            raise ValueError("batch_size / rollouts_per_step is G = 1, but GRPO compares completions "
-                             "of one prompt: G must be at least 2")
+            raise ValueError("batch_size / rollouts_per_step is G = 1, but GRPO compares the "
+                             "completions of one prompt: G must be at least 2")
 
     @property
     def group_size(self) -> int:
@@ -99,28 +104,37 @@ class RunConfig:
     inference_args: dict = field(default_factory=dict)  # any flags of the vLLM server
     trainer_gpus: int = 1
 
+    def __post_init__(self):
+        check_types(self)
 
-def check_types(config, where: str) -> None:
+    @property
+    def url(self) -> str:
+        """Where the trainer finds the server."""
+        return sync.server_url(self.trainer.vllm_server_host, self.trainer.vllm_server_port)
+
+
+def check_types(config) -> None:
     """Raises ValueError if a field holds another type than it declares; an int may be a float."""
     for f in fields(config):
         value = getattr(config, f.name)
-        allowed = {float: (float, int), bool | None: (bool, type(None))}.get(f.type, f.type)
-        if not isinstance(value, allowed) or (isinstance(value, bool) and f.type in (int, float)):
-            raise ValueError(f"{where}{f.name} must be {getattr(f.type, '__name__', f.type)}, "
+        fits = isinstance(value, f.type) or (f.type is float and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and f.type in (int, float)):
+            raise ValueError(f"{f.name} must be {getattr(f.type, '__name__', f.type)}, "
                              f"not {value!r}")
 
 
-def check_keys(table: dict, valid: list[str], where: str) -> None:
+def check_keys(table, valid: list[str], where: str) -> None:
     """Raises ValueError naming the first unknown key and the nearest valid one."""
-    for key in table:
-        if key not in valid:
-            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
-            raise ValueError(f"unknown key {where}{key}; {hint}")
+    if not isinstance(table, dict):
+        raise ValueError(f"{where} must be a table, not {table!r}")
+    for key in table.keys() - set(valid):
+        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
+        raise ValueError(f"unknown key {key!r} in {where}; {hint}")
 
 
 def load_config(path: str, overrides: list[str] = ()) -> RunConfig:
-    """Read a TOML file, then overrides "learning_rate=1e-4" or "env.args.seed=1".
+    """Read a TOML file, then overrides such as "learning_rate=1e-4" or "env.args.seed=1".
 
     Raises ValueError in one line naming the file, the key and the nearest valid one.
     """
@@ -128,25 +142,20 @@ def load_config(path: str, overrides: list[str] = ()) -> RunConfig:
         raw = tomli.loads(Path(path).read_text())
         for override in overrides:
             apply_override(raw, override)
-        check_keys(raw, ["model", "env", "inference", "trainer"], "")
+        check_keys(raw, ["model", "env", "inference", "trainer"], "the file")
         env, inference, trainer = (raw.get(name, {}) for name in ("env", "inference", "trainer"))
-        for name, table in (("env", env), ("inference", inference), ("trainer", trainer)):
-            if not isinstance(table, dict):
-                raise ValueError(f"{name} must be a table, not {table!r}")
-            check_keys(table, ["id", "args"] if name == "env" else ["gpus", "args"], f"{name}.")
-        if not isinstance(raw.get("model"), str) or not isinstance(env.get("id"), str):
-            raise ValueError('it must set model = "..." and [env] id = "..."')
+        check_keys(env, ["id", "args"], "[env]")
+        check_keys(inference, ["gpus", "args"], "[inference]")
+        check_keys(trainer, ["gpus", "args"], "[trainer]")
         args = trainer.get("args", {})
-        check_keys(args, [f.name for f in fields(MultimodalRLConfig)], "trainer.args.")
-        config = RunConfig(raw["model"], MultimodalRLConfig(
-            **{"env_id": env["id"], "env_args": env.get("args", {}), **args}),
-            inference.get("gpus", 1), inference.get("args", {}), trainer.get("gpus", 1))
-        check_types(config, "")
-        return config
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # tomli's errors are ValueErrors too
-        raise ValueError(f"{path}: {error}") from error
+        check_keys(args, [f.name for f in fields(MultimodalRLConfig)], "[trainer.args]")
+        if "model" not in raw or "id" not in env:
+            raise ValueError('it must set model = "..." and [env] id = "..."')
+        args = {"env_id": env["id"], "env_args": env.get("args", {}), **args}
+        return RunConfig(raw["model"], MultimodalRLConfig(**args), inference.get("gpus", 1),
+                         inference.get("args", {}), trainer.get("gpus", 1))
+    except (OSError, ValueError) as error:  # tomli's errors are ValueErrors
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def apply_override(raw: dict, override: str) -> None:
@@ -187,66 +196,53 @@ class Policy(torch.nn.Module):
 
     def forward(self, batch: MultimodalBatch, share: bool) -> tuple[Tensor, Tensor]:
         """(logprobs, entropies), both (b, L), 0 off the loss mask."""
-        states = self._forked_states(batch) if share else self._row_states(batch)  # (N, H)
+        states = self.forked_states(batch) if share else self.row_states(batch)  # (N, H)
         mask = batch.loss_mask.bool()
         found = token_logprobs(states, batch.input_ids[mask], self.model.get_output_embeddings(),
                                self.temperature, self.banned)
         zeros = torch.zeros(mask.shape, device=mask.device)
         return tuple(zeros.masked_scatter(mask, values) for values in found)
 
-    def _images(self, batch: MultimodalBatch, per_row: bool) -> dict[str, Tensor]:
-        """Image tensors, once per prompt or once per row, floats in the model's dtype."""
-        prompts = batch.prompt_index.tolist() if per_row else None
-        images = {}
-        for key, tensor in batch.image_tensors().items():
-            if per_row:
-                pieces = tensor.split(batch.image_rows[key])
-                tensor = torch.cat([pieces[p] for p in prompts])
-            images[key] = tensor.to(self.model.dtype) if tensor.is_floating_point() else tensor
-        return images
-
-    def _row_states(self, batch: MultimodalBatch) -> Tensor:
-        """The plain way: every row with its prompt and its images. States before loss tokens."""
+    def row_states(self, batch: MultimodalBatch) -> Tensor:
+        """(N, H), the state before each token in the loss, every row with its own prompt."""
         hidden = self.model.base_model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
-            **batch.token_tensors(), **self._images(batch, per_row=True)).last_hidden_state
-        return hidden[:, :-1][batch.loss_mask[:, 1:].bool()]
+            **batch.token_tensors(), **batch.images_of(batch.prompt_index.tolist()))
+        return hidden.last_hidden_state[:, :-1][batch.loss_mask[:, 1:].bool()]
 
-    def _forked_states(self, batch: MultimodalBatch) -> Tensor:
-        """The prompt once: its cache is forked into one line per completion.
+    def forked_states(self, batch: MultimodalBatch) -> Tensor:
+        """The same states, with each prompt and its images forwarded once.
 
-            prompt 0   [. . p p p p] --cache--+--> [a a a]      row 0
-                                              +--> [b b b b b]  row 1
-            prompt 1   [p p p p p p] --cache-----> [c c]        row 2
+            prompt 0   [. . p p p p] --cache--+--> [a a a . .]   row 0
+                                              +--> [b b b b b]   row 1
+            prompt 1   [p p p p p p] --cache-----> [c c . . .]   row 2
 
-        Prompts are left-padded, so that each ends where its completions begin and column -1
-        scores their first tokens; completions are right-padded. Gradients of all completions
-        flow back through the forked cache and add up in the one prompt.
+        The prompt's cache is forked into one line per completion. Prompts are padded on the
+        left, so that each ends where its completions begin and its last state is the one before
+        their first tokens. Gradients of all completions flow back through the cache and add up.
         """
-        fork = batch.fork()
-        width = fork.prompt_mask.shape[1]
-        positions = self._positions(fork, batch)
+        fork, index = batch.fork(), batch.prompt_index
+        width, length = fork.prompt_ids.shape[1], fork.completion_ids.shape[1]
+        steps = max(length - 1, 1)  # the state of the last token is before nothing
+        positions = self.positions(fork, batch)
         prompt = self.model.base_model(
             input_ids=fork.prompt_ids, attention_mask=fork.prompt_mask, use_cache=True,
             position_ids=positions[..., :width], **fork.prompt_tokens,
-            **self._images(batch, per_row=False))
-        cache = prompt.past_key_values
-        cache.batch_select_indices(batch.prompt_index)
-        first = prompt.last_hidden_state[:, -1][batch.prompt_index]  # (b, H)
-        length = fork.completion_ids.shape[1]
-        steps = max(length - 1, 1)  # the last token's own state predicts nothing
-        rows = positions[..., batch.prompt_index, width:width + steps]
-        mask = torch.cat([fork.prompt_mask[batch.prompt_index], fork.completion_mask], 1)
-        rest = self.model.base_model(
-            input_ids=fork.completion_ids[:, :steps], attention_mask=mask[:, :width + steps],
-            position_ids=rows, past_key_values=cache, use_cache=True,
+            **batch.images_of(range(len(fork.prompt_ids))))
+        prompt.past_key_values.batch_select_indices(index)
+        mask = torch.cat([fork.prompt_mask[index], fork.completion_mask[:, :steps]], 1)
+        completion = self.model.base_model(
+            input_ids=fork.completion_ids[:, :steps], attention_mask=mask, use_cache=True,
+            past_key_values=prompt.past_key_values,
+            position_ids=positions[..., index, width:width + steps],
             **{key: tensor.new_zeros(len(batch), steps)
-               for key, tensor in fork.prompt_tokens.items()}).last_hidden_state
-        states = torch.cat([first[:, None], rest], 1)[:, :length]
-        return states[fork.completion_loss_mask.bool()]
+               for key, tensor in fork.prompt_tokens.items()})
+        before_first = prompt.last_hidden_state[index, -1:]  # (b, 1, H)
+        states = torch.cat([before_first, completion.last_hidden_state], 1)[:, :length]
+        return states[fork.trained]
 
-    def _positions(self, fork, batch: MultimodalBatch) -> Tensor:
-        """(P, W) or (3, P, W): the prompt's and then its completions' positions.
+    def positions(self, fork: Fork, batch: MultimodalBatch) -> Tensor:
+        """(P, W) or (3, P, W): positions of each prompt and then of its completions.
 
         M-RoPE gives an image fewer positions than tokens; such models count for themselves.
         """
@@ -255,10 +251,10 @@ class Policy(torch.nn.Module):
         count = getattr(self.model.base_model, "get_rope_index", None)
         if count is None or not fork.prompt_tokens:
             return (mask.cumsum(1) - 1).clamp(min=0)
-        pad = {key: torch.nn.functional.pad(tensor, (0, width))
-               for key, tensor in {"input_ids": fork.prompt_ids, **fork.prompt_tokens}.items()}
-        grids = {key: t for key, t in batch.image_tensors().items() if key.endswith("_thw")}
-        return count(**pad, **grids, attention_mask=mask)[0]
+        tokens = {key: torch.nn.functional.pad(tensor, (0, width))
+                  for key, tensor in {"input_ids": fork.prompt_ids, **fork.prompt_tokens}.items()}
+        grids = {k: v for k, v in batch.image_tensors().items() if k.endswith("_thw")}
+        return count(**tokens, **grids, attention_mask=mask)[0]
 
 
 class MultimodalGRPOTrainer:
@@ -272,18 +268,18 @@ class MultimodalGRPOTrainer:
     def __init__(self, model, tokenizer, adapter: MultimodalAdapter, config: MultimodalRLConfig):
         self.model, self.tokenizer, self.adapter, self.config = model, tokenizer, adapter, config
         self.device = next(model.parameters()).device
-        self.environment = load_environment(config.env_id, config.env_args) if config.env_id else None
+        self.environment = (load_environment(config.env_id, config.env_args)
+                            if config.env_id else None)
         self.run_dir = Path(config.output_dir, config.run_name)
         self.step = 0
-        self.share = config.share_prompt  # None: not yet known to be exact for this model
         self.banned = vision_token_ids(model.config)
         self.policy = Policy(model, config.temperature, self.banned)
         # dropout would make the trainer another policy than the one that sampled; but
-        # Hugging Face checkpoints gradients in training mode alone
+        # Hugging Face checkpoints gradients in training mode alone, and without a cache
         model.train(config.gradient_checkpointing)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.share = False
+        self.can_share = False if config.gradient_checkpointing else config.share_prompt
         if config.freeze_vision:
             model.requires_grad_(False)
             model.get_decoder().requires_grad_(True)
@@ -297,27 +293,28 @@ class MultimodalGRPOTrainer:
     def train(self) -> None:
         """Roll out, update, sync, until max_steps. The server must be up, or come up in time."""
         config = self.config
-        generator, weights = self._connect()
-        bar = tqdm(range(self.step, config.max_steps), initial=self.step, total=config.max_steps)
-        for _ in bar:
+        generator, weights = self.connect()
+        bar = tqdm(total=config.max_steps, initial=self.step)
+        while self.step < config.max_steps:
             if config.eval_every_steps and self.step % config.eval_every_steps == 0:
                 self.evaluate(generator)
             clock = [time.perf_counter()]
             outputs = generator.train_step(self.step, config.rollouts_per_step, config.group_size)
             clock.append(time.perf_counter())
+            if bar.n == bar.initial:
+                self.calibrate(outputs)
             metrics = self.update(outputs)
             clock.append(time.perf_counter())
             if weights and self.step % config.sync_to_vllm_every == 0:
                 weights.send(self.step)
             clock.append(time.perf_counter())
-            seconds = [end - start for start, end in zip(clock, clock[1:])]
-            metrics |= dict(zip(("seconds_rollout", "seconds_train", "seconds_sync"), seconds),
-                            tokens_per_second=metrics["tokens"] / sum(seconds))
-            self.log(metrics, outputs)
+            self.log(metrics, clock, outputs)
             bar.set_postfix({name: f"{metrics[name]:.3g}"
-                             for name in ("loss", "ir", "ent", "kl", "reward")})
+                             for name in ("loss", "ir", "ent", "kl", "reward")}, refresh=False)
+            bar.update()
             if config.save_every_steps and self.step % config.save_every_steps == 0:
                 self.save()
+        bar.close()
         if config.eval_every_steps:
             self.evaluate(generator)
         self.save()
@@ -327,56 +324,91 @@ class MultimodalGRPOTrainer:
     def update(self, outputs: GenerateOutputs) -> dict[str, float]:
         """One optimizer step on the given completions; needs no server. Returns its metrics.
 
-        Completions of equal example_id are a group.
+        Completions of equal example_id are a group. Means are over the tokens of the loss mask
+        that were forwarded; groups of equal rewards are not, but N counts their tokens.
         """
+        batch = self.build_batch(outputs)
+        if self.can_share is None:
+            self.can_share = self.sharing_is_exact(batch)
+        num_tokens = batch.loss_mask.sum().item()
+        sums = collections.Counter()
+        for micro in batch.micro_batches(self.config.micro_batch_size):
+            share = self.can_share and (self.config.share_prompt or micro.sharing_pays(
+                self.model.config.get_text_config().hidden_size))
+            micro = micro.to(self.device)
+            logprobs, entropies = self.logprobs(micro, share)
+            loss, part = grpo_loss(
+                logprobs, micro.behavior_logprobs, entropies, micro.advantages, micro.loss_mask,
+                num_tokens, mask_ratio_low=self.config.mask_ratio_low,
+                mask_ratio_high=self.config.mask_ratio_high, clip_low=self.config.clip_low,
+                clip_high=self.config.clip_high)
+            loss.backward()
+            sums.update({name: value.item() for name, value in part.items()},
+                        loss=loss.item(), cells=micro.input_ids.numel(), shared=share * len(micro),
+                        real=micro.attention_mask.sum().item())
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(),
+                                                   self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        lr = self.scheduler.get_last_lr()[0]
+        self.scheduler.step()
+        self.step += 1
+        tokens = max(sums["tokens"], 1)
+        return {"step": self.step, "loss": sums["loss"], "ir": sums["ir"] / tokens,
+                "ent": sums["ent"] / tokens, "kl": sums["kl"] / tokens,
+                "ratio_masked_fraction": sums["masked"] / tokens,
+                "clip_fraction": sums["clipped"] / tokens, "grad_norm": grad_norm.item(),
+                "lr": lr, "tokens": num_tokens, "shared_fraction": sums["shared"] / len(batch),
+                "padding_fraction": 1 - sums["real"] / max(sums["cells"], 1),
+                **rollout_metrics(batch, outputs)}
+
+    def build_batch(self, outputs: GenerateOutputs) -> MultimodalBatch:
+        """The adapter's batch with advantages, and without sampled vision tokens."""
         batch = self.adapter.build_batch(outputs)
         if len(batch) != len(outputs):
             raise ValueError(f"build_batch made {len(batch)} rows of {len(outputs)} completions")
         batch = batch.cut_at(self.banned)
         batch.advantages = group_advantages(batch.rewards, torch.tensor(outputs.example_id),
                                             self.config.divide_by_std)
-        if self.share is None:
-            self.share = self._sharing_is_exact(batch)
-        num_tokens = batch.loss_mask.sum().item()
-        loss, sums, cells, shared = 0.0, {}, 0, 0
-        for micro in batch.micro_batches(self.config.micro_batch_size):
-            share = self.share and (self.config.share_prompt or self._sharing_pays(micro))
-            part, part_sums = self._loss(micro, num_tokens, share)
-            part.backward()
-            loss += part.item()
-            sums = {name: sums.get(name, 0) + value.item() for name, value in part_sums.items()}
-            cells += micro.input_ids.numel()
-            sums["real"] = sums.get("real", 0) + micro.attention_mask.sum().item()
-            shared += share * len(micro)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(),
-                                                   self.config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        learning_rate = self.scheduler.get_last_lr()[0]
-        self.scheduler.step()
-        self.step += 1
-        return {"step": self.step, "loss": loss, **self._ratios(sums, cells),
-                "grad_norm": grad_norm.item(), "lr": learning_rate, "tokens": num_tokens,
-                "shared_fraction": shared / len(batch), **self._rollout_metrics(batch, outputs)}
+        return batch
 
-    def _loss(self, micro: MultimodalBatch, num_tokens: float, share: bool):
-        """grpo_loss of one micro-batch, moved to the device."""
-        config, micro = self.config, micro.to(self.device)
-        logprobs, entropies = self._logprobs(micro, share)
-        return grpo_loss(logprobs, micro.behavior_logprobs, entropies, micro.advantages,
-                         micro.loss_mask, num_tokens, clip_low=config.clip_low,
-                         clip_high=config.clip_high, mask_ratio_low=config.mask_ratio_low,
-                         mask_ratio_high=config.mask_ratio_high)
-
-    def _logprobs(self, micro: MultimodalBatch, share: bool) -> tuple[Tensor, Tensor]:
-        """fp32 weights, computed in bf16 on a GPU and in fp32 on a CPU."""
+    def logprobs(self, micro: MultimodalBatch, share: bool) -> tuple[Tensor, Tensor]:
+        """Logprobs and entropies (b, L): fp32 weights, computed in bf16 on a GPU, else in fp32."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             return self.policy(micro, share)
 
-    def _sharing_pays(self, micro: MultimodalBatch) -> bool:
-        return micro.sharing_pays(self.model.config.get_text_config().hidden_size)
+    def calibrate(self, outputs: GenerateOutputs) -> dict[str, float]:
+        """Recompute the server's logprobs of some completions and print how far apart they are.
 
-    def _sharing_is_exact(self, batch: MultimodalBatch) -> bool:
+        Raises RuntimeError if that is more than the dtype explains, unless the weights are
+        never synced: training would be off-policy from the first step on.
+        """
+        batch = self.build_batch(outputs)
+        differences = []
+        for rows in torch.linspace(0, len(batch) - 1, min(32, len(batch))).long().split(4):
+            micro = batch.select(rows).to(self.device)
+            with torch.no_grad():
+                logprobs, _ = self.logprobs(micro, share=False)
+            differences.append((logprobs - micro.behavior_logprobs)[micro.loss_mask.bool()].cpu())
+        difference = torch.cat(differences)
+        found = {"max": difference.abs().max().item(), "mean": difference.abs().mean().item(),
+                 "kl": (difference.expm1() - difference).mean().item()}
+        tqdm.write(f"trainer and server: logprobs of {len(difference)} tokens differ by "
+                   f"{found['max']:.1e} at most, {found['mean']:.1e} in the mean; mismatch KL "
+                   f"{found['kl']:.1e}")
+        if found["mean"] > (1e-4 if self.exact else 0.05) and self.config.sync_to_vllm_every:
+            raise RuntimeError(
+                f"trainer and server are different policies (mean difference {found['mean']:.1e}): "
+                "check --logprobs-mode processed_logprobs, --dtype, the processor's pixel limits "
+                "and whether the server computes this model as transformers does")
+        return found
+
+    @property
+    def exact(self) -> bool:
+        """Whether two ways to compute the same should agree to fp32's precision."""
+        return self.device.type == "cpu" and self.model.dtype == torch.float32
+
+    def sharing_is_exact(self, batch: MultimodalBatch) -> bool:
         """Compute a few completions of one prompt both ways: logprobs and gradient norm.
 
         The gradient would be wrong, without any error, if a model's cache were detached.
@@ -387,56 +419,34 @@ class MultimodalGRPOTrainer:
         if len(rows) < 2:
             return False
         micro, found = batch.select(rows).to(self.device), []
+        weight = torch.linspace(-1, 2, len(rows), device=self.device)[:, None]
         try:
             for share in (False, True):
-                logprobs, _ = self._logprobs(micro, share)
-                (logprobs * torch.linspace(-1, 1, len(rows), device=self.device)[:, None]
-                 ).sum().backward()
-                grads = [p.grad.norm() for p in self.model.parameters() if p.grad is not None]
-                found.append((logprobs.detach(), torch.stack(grads).norm()))
+                logprobs, _ = self.logprobs(micro, share)
+                (logprobs * weight).sum().backward()
+                norms = [p.grad.norm() for p in self.model.parameters() if p.grad is not None]
+                found.append((logprobs.detach(), torch.stack(norms).norm()))
                 self.optimizer.zero_grad()
-        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
-            self.optimizer.zero_grad()
-            reason = f"{type(error).__name__}: {str(error)[:200]}"
-        else:
             (plain, plain_norm), (shared, shared_norm) = found
             difference = (plain - shared).abs().max().item()
             relative = abs(shared_norm / plain_norm - 1).item()
-            loose = self.device.type == "cuda" or self.model.dtype != torch.float32
-            if difference < (0.2 if loose else 1e-4) and relative < (0.1 if loose else 1e-3):
+            if difference < (1e-4 if self.exact else 0.2) and relative < (
+                    1e-3 if self.exact else 0.1):
                 return True
             reason = f"logprobs differ by {difference:.1e}, the gradient's norm by {relative:.1%}"
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+            self.optimizer.zero_grad()
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
         tqdm.write(f"prompts are not shared, every completion is forwarded with its own: {reason}")
         return False
 
-    def _ratios(self, sums: dict[str, float], cells: int) -> dict[str, float]:
-        """Means over the forwarded tokens of the loss mask; fractions of them."""
-        tokens = max(sums.get("tokens", 0), 1)
-        return {"ir": sums.get("ir", 0) / tokens, "ent": sums.get("ent", 0) / tokens,
-                "kl": sums.get("kl", 0) / tokens,
-                "ratio_masked_fraction": sums.get("masked", 0) / tokens,
-                "clip_fraction": sums.get("clipped", 0) / tokens,
-                "padding_fraction": 1 - sums.get("real", 0) / max(cells, 1)}
-
-    def _rollout_metrics(self, batch: MultimodalBatch, outputs: GenerateOutputs) -> dict:
-        rewards, lengths = batch.rewards, batch.loss_mask.sum(1).float()
-        groups = torch.tensor(outputs.example_id)
-        alive = groups[batch.advantages != 0].unique()
-        return {"reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(),
-                "zero_advantage_groups": 1 - len(alive) / len(groups.unique()),
-                "completion_length": lengths.mean().item(),
-                "completion_length_max": lengths.max().item(),
-                "truncated_fraction": outputs.finish_reason.count("length") / len(outputs),
-                **{f"reward/{name}": sum(values) / len(values)
-                   for name, values in outputs.metrics.items()}}
-
-    def _connect(self) -> tuple[Generator, sync.WeightSync | None]:
+    def connect(self) -> tuple[Generator, sync.WeightSync | None]:
         """Wait for the server; send it our weights, whatever it served before."""
-        config = self.config
-        url = sync.server_url(config.vllm_server_host, config.vllm_server_port)
-        sync.wait_until_healthy(url, config.vllm_server_timeout)
+        config, on_gpu = self.config, self.device.type == "cuda"
         if self.environment is None:
             raise ValueError("env_id is not set: there is nothing to train on")
+        url = sync.server_url(config.vllm_server_host, config.vllm_server_port)
+        sync.wait_until_healthy(url, config.vllm_server_timeout)
         generator = Generator(
             self.environment, url, model=sync.served_model(url), temperature=config.temperature,
             max_tokens=config.max_tokens, seed=config.seed, max_concurrent=config.max_concurrent,
@@ -444,7 +454,6 @@ class MultimodalGRPOTrainer:
             encode=self.adapter.encode if self.adapter.processor else None)
         if not config.sync_to_vllm_every:
             return generator, None
-        on_gpu = self.device.type == "cuda"
         source = sync.CheckpointSource(self.model, torch.bfloat16 if on_gpu else None)
         weights = sync.WeightSync(url, source, "nccl" if on_gpu else "gloo",
                                   config.vllm_server_timeout)
@@ -452,32 +461,35 @@ class MultimodalGRPOTrainer:
         return generator, weights
 
     def evaluate(self, generator: Generator) -> float:
-        """Mean reward on the held-out split, as the policy samples it in training; logged."""
+        """Mean reward on the held-out split, sampled as in training; printed and logged."""
         outputs = generator.evaluate(self.config.eval_samples)
         reward = sum(outputs.reward) / len(outputs)
-        means = {f"eval/{name}": sum(v) / len(v) for name, v in outputs.metrics.items()}
-        self._write({"step": self.step, "eval/reward": reward, **means})
+        self.write({"step": self.step, "eval/reward": reward,
+                    **{f"eval/{name}": sum(v) / len(v) for name, v in outputs.metrics.items()}})
         tqdm.write(f"step {self.step}: held-out reward {reward:.3f} ({len(outputs)} completions)")
         return reward
 
-    def log(self, metrics: dict[str, float], outputs: GenerateOutputs) -> None:
-        """A line of metrics.jsonl; every log_every_steps also three completions and their images."""
-        self._write(metrics)
+    def log(self, metrics: dict, clock: list[float], outputs: GenerateOutputs) -> None:
+        """A line of metrics.jsonl; every log_every_steps three completions and their images."""
+        seconds = [end - start for start, end in zip(clock, clock[1:])]
+        self.write({**metrics, "tokens_per_second": metrics["tokens"] / sum(seconds),
+                    **dict(zip(("seconds_rollout", "seconds_train", "seconds_sync"), seconds))})
         if self.step % self.config.log_every_steps:
             return
         folder = self.run_dir / "rollouts" / f"step-{self.step}"
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "rollouts.jsonl", "w") as file:
             for i in range(0, len(outputs), max(1, len(outputs) // 3)):
-                names = [f"{i}-{j}.png" for j in range(len(outputs.images[i]))]
-                for name, image in zip(names, outputs.images[i]):
+                record = {"prompt": self.tokenizer.decode(outputs.prompt_ids[i]),
+                          **{name: outputs[name][i] for name in ("completion", "answer", "reward",
+                                                                 "finish_reason")},
+                          "images": [f"{i}-{j}.png" for j in range(len(outputs.images[i]))]}
+                file.write(json.dumps(record, default=str) + "\n")
+                for name, image in zip(record["images"], outputs.images[i]):
                     image.save(folder / name)
-                record = {name: outputs[name][i] for name in ("completion", "answer", "reward",
-                                                              "finish_reason", "example_id")}
-                file.write(json.dumps({"prompt": self.tokenizer.decode(outputs.prompt_ids[i]),
-                                       **record, "images": names}, default=str) + "\n")
 
-    def _write(self, metrics: dict[str, float]) -> None:
+    def write(self, metrics: dict[str, float]) -> None:
+        """Append to metrics.jsonl, and to Weights & Biases where it is asked for."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with open(self.run_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
@@ -489,59 +501,49 @@ class MultimodalGRPOTrainer:
             wandb.log(metrics, step=self.step)
 
     def save(self) -> Path:
-        """Write run_dir/checkpoint-STEP: from_pretrained and vLLM both load it."""
+        """Write run_dir/checkpoint-STEP, which from_pretrained and vLLM both load."""
         folder = self.run_dir / f"checkpoint-{self.step}"
         self.model.save_pretrained(folder)
         (self.adapter.processor or self.tokenizer).save_pretrained(folder)
         return folder
 
 
-def main(argv: list[str]) -> int:
-    """The command line; exit code 2 and one line for a mistake in the config."""
+def rollout_metrics(batch: MultimodalBatch, outputs: GenerateOutputs) -> dict[str, float]:
+    """What the completions were like, whatever is done with them."""
+    rewards, lengths = batch.rewards, batch.loss_mask.sum(1).float()
+    groups = torch.tensor(outputs.example_id)
+    alive = groups[batch.advantages != 0].unique()
+    return {"reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(),
+            "zero_advantage_groups": 1 - len(alive) / len(groups.unique()),
+            "completion_length": lengths.mean().item(),
+            "completion_length_max": lengths.max().item(),
+            "truncated_fraction": outputs.finish_reason.count("length") / len(outputs),
+            **{f"reward/{name}": sum(v) / len(v) for name, v in outputs.metrics.items()}}
+
+
+def command_line(argv: list[str], program: str) -> RunConfig:
+    """["@", "config.toml", "key=value", ...]; exit code 2 and one line for a mistake."""
     try:
-        config = load_config(*parse_command_line(argv, "train.py"))
-        trainer_config = config.trainer
-        load_environment(trainer_config.env_id, trainer_config.env_args)
+        words = [word for word in [argv[0].removeprefix("@"), *argv[1:]] if word] if argv else []
+        if not words or not argv[0].startswith("@"):
+            raise ValueError(f"usage: python {program} @ config.toml [key=value ...]")
+        config = load_config(words[0], words[1:])
+        load_environment(config.trainer.env_id, config.trainer.env_args)
+        return config
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, and so stops the server
-    with serve(config) as server:
-        trainer = build_trainer(config)
-        sync.wait_until_healthy(
-            sync.server_url(trainer_config.vllm_server_host, trainer_config.vllm_server_port),
-            trainer_config.vllm_server_timeout, server)
-        trainer.train()
-    return 0
-
-
-def parse_command_line(argv: list[str], program: str) -> tuple[str, list[str]]:
-    """["@", "config.toml", "key=value", ...] -> (path, overrides)."""
-    words = " ".join(argv[:1]).removeprefix("@").split() + argv[1:]
-    if not argv or not argv[0].startswith("@") or not words:
-        raise ValueError(f"usage: python {program} @ config.toml [key=value ...]")
-    return words[0], words[1:]
-
-
-def serve(config: RunConfig) -> contextlib.AbstractContextManager:
-    """Our own server, if the host is this machine and none is up there; else a context of None."""
-    trainer = config.trainer
-    url = sync.server_url(trainer.vllm_server_host, trainer.vllm_server_port)
-    if sync.is_healthy(url) or trainer.vllm_server_host not in sync.LOCAL_HOSTS:
-        return contextlib.nullcontext()
-    return start_server(config)
+        sys.exit(2)
 
 
 def start_server(config: RunConfig) -> sync.VLLMServer:
     """vLLM on the first inference_gpus GPUs, or on the CPU where there are none."""
-    trainer, gpus = config.trainer, torch.cuda.device_count()
-    command = sync.server_command(config.model, trainer.vllm_server_port,
-                                  "nccl" if gpus else "gloo", config.inference_args,
-                                  config.inference_gpus)
+    gpus = torch.cuda.is_available()
+    command = sync.server_command(config.model, config.trainer.vllm_server_port,
+                                  "nccl" if gpus else "gloo", config.inference_gpus,
+                                  config.inference_args)
     visible = ",".join(map(str, range(config.inference_gpus))) if gpus else None
-    url = sync.server_url(trainer.vllm_server_host, trainer.vllm_server_port)
-    log_path = Path(trainer.output_dir, trainer.run_name, "vllm.log")
-    return sync.VLLMServer(command, url, log_path, visible)
+    log_path = Path(config.trainer.output_dir, config.trainer.run_name, "vllm.log")
+    return sync.VLLMServer(command, config.url, log_path, visible)
 
 
 def build_trainer(config: RunConfig) -> MultimodalGRPOTrainer:
@@ -555,5 +557,28 @@ def build_trainer(config: RunConfig) -> MultimodalGRPOTrainer:
                                  MultimodalAdapter(processor), config.trainer)
 
 
+@contextlib.contextmanager
+def served(config: RunConfig) -> Iterator[MultimodalGRPOTrainer]:
+    """A trainer whose server is up: the one found there, else our own, if the host is local."""
+    with contextlib.ExitStack() as stack:
+        own = None
+        if config.trainer.vllm_server_host in sync.LOCAL_HOSTS and not sync.is_healthy(config.url):
+            own = stack.enter_context(start_server(config))
+        trainer = build_trainer(config)  # while the server starts
+        sync.wait_until_healthy(config.url, config.trainer.vllm_server_timeout, own)
+        yield trainer
+
+
+def main(argv: list[str]) -> int:
+    """The command line; whatever ends it, a server of our own is stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with served(command_line(argv, "train.py")) as trainer:
+        trainer.train()
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
