@@ -1,18 +1,18 @@
 """Images and token ids -> MultimodalBatch, for any vision-language model with a processor.
 
-The server's token ids are trained on as they are. The processor of the model is run once per
-prompt for everything beside the ids (pixels, grids, token types); that its own ids equal the
-server's is the proof that these tensors fit the prompt, and it is checked for every prompt.
-`python adapter.py MODEL` runs that check, and a comparison of logprobs, against a real server.
+The server's token ids are trained on as they are. The model's processor is run once per prompt
+for everything beside the ids (pixels, grids, token types); that its own ids equal the server's is
+the proof that these tensors fit the prompt, and it is checked for every prompt.
+`python adapter.py MODEL` shows whether a model can be trained: see models/check.py.
 """
+import sys
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from batch import PAD, MultimodalBatch
 from rollout import GenerateOutputs
-
-USUAL_CAUSES = ("usual causes: the server uses other pixel limits (mm_processor_kwargs), another "
-                "chat template or tokenizer than the trainer, or it truncated the prompt")
 
 
 class MultimodalAdapter:
@@ -28,42 +28,36 @@ class MultimodalAdapter:
     def build_batch(self, outputs: GenerateOutputs) -> MultimodalBatch:
         """One (B, L) row per completion, in the order of outputs; images once per prompt.
 
-        Raises ValueError if the processor and the server disagree about a prompt.
+        Raises ValueError if processor and server disagree about a prompt, or if the server did
+        not return one logprob per token.
         """
-        prompt_rows: dict[tuple, int] = {}  # distinct prompts, by ids and image objects
+        prompts: dict[tuple, int] = {}  # distinct ones, by token ids and image objects
         encoded, index = [], []
-        for i, (prompt_ids, images) in enumerate(
-                zip(outputs.prompt_ids, outputs.images, strict=True)):
-            key = (tuple(prompt_ids), *map(id, images))
-            if key not in prompt_rows:
-                prompt_rows[key] = len(encoded)
-                given = outputs.encoded[i] if outputs.encoded else None
-                given = given or self.encode(outputs.prompt[i], images)
-                encoded.append(self._checked(given, prompt_ids, outputs.example_id[i]))
-            index.append(prompt_rows[key])
-        rows = [p + c for p, c in zip(outputs.prompt_ids, outputs.completion_ids, strict=True)]
-        width = max(map(len, rows))
+        for i, (ids, images) in enumerate(zip(outputs.prompt_ids, outputs.images, strict=True)):
+            key = (tuple(ids), *map(id, images))
+            if key not in prompts:
+                prompts[key] = len(encoded)
+                encoded.append(outputs.encoded[i] or self.encode(outputs.prompt[i], images))
+                self.check(encoded[-1]["input_ids"][0].tolist(), ids, outputs.example_id[i])
+            index.append(prompts[key])
+        for i, ids in enumerate(outputs.completion_ids):
+            if len(ids) != len(outputs.completion_logprobs[i]):
+                raise ValueError(f"completion {outputs.completion[i][:60]!r} has {len(ids)} tokens, "
+                                 f"but {len(outputs.completion_logprobs[i])} logprobs")
+        width = max(len(p) + len(c) for p, c in zip(outputs.prompt_ids, outputs.completion_ids))
 
-        def padded(lists, dtype, fill=0) -> Tensor:
-            return torch.tensor([row + [fill] * (width - len(row)) for row in lists], dtype=dtype)
+        def rows(prompt_value, completions, dtype=torch.long) -> Tensor:
+            pairs = zip(outputs.prompt_ids, completions, strict=True)
+            lists = [(p if prompt_value is None else [prompt_value] * len(p)) + c for p, c in pairs]
+            return torch.tensor([row + [PAD] * (width - len(row)) for row in lists], dtype=dtype)
 
-        prompt_zeros = [[0] * len(p) for p in outputs.prompt_ids]
-        logprobs = [zeros + lp for zeros, lp in
-                    zip(prompt_zeros, outputs.completion_logprobs, strict=True)]
-        for row, ids, text in zip(logprobs, rows, outputs.completion, strict=True):
-            if len(row) != len(ids):
-                raise ValueError(f"completion {text[:60]!r}: {len(ids)} token ids in the row, but "
-                                 f"{len(row)} logprobs; the server must return one per token")
-        loss_mask = [zeros + [1] * len(c) for zeros, c in
-                     zip(prompt_zeros, outputs.completion_ids, strict=True)]
-        tokens, images, image_rows = collate(encoded, outputs.prompt_ids, index, width)
+        ones = [[1] * len(c) for c in outputs.completion_ids]
+        tokens, images, image_rows = collate(encoded, index, width)
         return MultimodalBatch(
-            input_ids=padded(rows, torch.long, PAD), loss_mask=padded(loss_mask, torch.long),
-            attention_mask=padded([[1] * len(row) for row in rows], torch.long),
-            behavior_logprobs=padded(logprobs, torch.float32),
-            rewards=torch.tensor(outputs.reward, dtype=torch.float32),
-            pixel_values=images.pop("pixel_values", None),
-            extra_model_kwargs={**tokens, **images},
+            input_ids=rows(None, outputs.completion_ids), attention_mask=rows(1, ones),
+            loss_mask=rows(0, ones), rewards=torch.tensor(outputs.reward, dtype=torch.float32),
+            behavior_logprobs=rows(0.0, outputs.completion_logprobs, torch.float32),
+            pixel_values=images.pop("pixel_values", None), extra_model_kwargs={**tokens, **images},
             prompt_index=torch.tensor(index), image_rows=image_rows)
 
     def encode(self, prompt: list[dict], images: list) -> dict[str, Tensor]:
@@ -79,52 +73,53 @@ class MultimodalAdapter:
             for part in m["content"]]} for m in prompt]
         text = self.processor.apply_chat_template(messages, tokenize=False,
                                                   add_generation_prompt=True)
-        inputs = {"images": images} if images else {}
-        return dict(self.processor(text=[text], **inputs, add_special_tokens=False,
-                                   return_tensors="pt"))
+        return dict(self.processor(text=[text], add_special_tokens=False, return_tensors="pt",
+                                   **({"images": images} if images else {})))
 
-    def _checked(self, encoded: dict, prompt_ids: list[int], example_id: int) -> dict:
-        """encoded, if its ids are the server's."""
-        ours = encoded["input_ids"][0].tolist()
-        if ours != prompt_ids:
-            at = next((i for i, (a, b) in enumerate(zip(ours, prompt_ids)) if a != b),
-                      min(len(ours), len(prompt_ids)))
-            window = slice(max(0, at - 5), at + 5)
-            decode = self.processor.tokenizer.decode
-            raise ValueError(
-                f"example {example_id}: processor and server disagree about the prompt from token "
-                f"{at} on: processor ({len(ours)} tokens) ...{ours[window]} "
-                f"{decode(ours[window])!r}, server ({len(prompt_ids)} tokens) "
-                f"...{prompt_ids[window]} {decode(prompt_ids[window])!r}; {USUAL_CAUSES}")
-        return encoded
+    def check(self, ours: list[int], served: list[int], example_id: int) -> None:
+        """Raises ValueError showing where the processor's prompt and the server's part."""
+        if ours == served:
+            return
+        pairs = enumerate(zip(ours, served))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(served)))
+        show = " and ".join(
+            f"{name} ({len(ids)} tokens) ...{ids[max(0, at - 5):at + 5]} = "
+            f"{self.processor.tokenizer.decode(ids[max(0, at - 5):at + 5])!r}..."
+            for name, ids in (("processor", ours), ("server", served)))
+        raise ValueError(
+            f"example {example_id}: from token {at} on, {show} are different prompts. Usual causes: "
+            "other pixel limits on the server (mm_processor_kwargs), another chat template or "
+            "tokenizer, a prompt that the server truncated")
 
 
-def collate(encoded: list[dict], prompt_ids: list[list[int]], index: list[int],
-            width: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, list[int]]]:
+def collate(encoded: list[dict], index: list[int], width: int) -> tuple[dict, dict, dict]:
     """The processor's tensors of all prompts -> (token-level, image tensors, image_rows).
 
-    Token-level entries (1, prompt length) are repeated per completion and extended with 0. All
+    Token-level tensors, (1, prompt length) each, become (B, width) with 0 over completions. All
     others are concatenated along dim 0, their other dims zero-padded to the largest.
     """
-    tokens: dict[str, Tensor] = {}
-    images: dict[str, Tensor] = {}
-    image_rows: dict[str, list[int]] = {}
-    keys = {key: value for e in encoded for key, value in e.items()
-            if key not in ("input_ids", "attention_mask")}
-    for key, example in keys.items():
+    tokens, images, image_rows = {}, {}, {}
+    for key in dict.fromkeys(key for e in encoded for key in e):
         pieces = [e.get(key) for e in encoded]
-        if all(p is None or p.shape == e["input_ids"].shape for p, e in zip(pieces, encoded)):
-            tokens[key] = torch.zeros(len(index), width, dtype=example.dtype)
-            for row, p in enumerate(index):
-                if pieces[p] is not None:
-                    tokens[key][row, :len(prompt_ids[row])] = pieces[p][0]
-            continue
         present = [p for p in pieces if p is not None]
-        sizes = [max(s) for s in zip(*(p.shape[1:] for p in present), strict=True)]
-        padding = [[n for size, have in zip(sizes[::-1], p.shape[:0:-1]) for n in (0, size - have)]
+        if key in ("input_ids", "attention_mask"):
+            continue
+        if all(p is None or p.shape == e["input_ids"].shape for p, e in zip(pieces, encoded)):
+            tokens[key] = present[0].new_zeros(len(index), width)
+            for row, p in zip(tokens[key], index):
+                if pieces[p] is not None:
+                    row[:pieces[p].shape[1]] = pieces[p][0]
+            continue
+        sizes = [max(s) for s in zip(*(p.shape[:0:-1] for p in present), strict=True)]
+        missing = [[n for size, have in zip(sizes, p.shape[:0:-1]) for n in (0, size - have)]
                    for p in present]
-        images[key] = torch.cat([torch.nn.functional.pad(p, n) for p, n in zip(present, padding)])
+        images[key] = torch.cat([pad(p, n) for p, n in zip(present, missing)])
         if images[key].is_floating_point():
             images[key] = images[key].float()  # one family's processor emits bfloat16
         image_rows[key] = [0 if p is None else len(p) for p in pieces]
     return tokens, images, image_rows
+
+
+if __name__ == "__main__":
+    from models.check import main
+    sys.exit(main(sys.argv[1:]))

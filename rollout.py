@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import requests
@@ -46,7 +46,7 @@ class Rollout:
     prompt: list[dict]
     completion: str
     answer: str
-    state: dict
+    state: dict                       # the row, and "image_url": its first image as a data URI
     info: dict
     example_id: int                   # the group: all completions of one prompt share it
     reward: float
@@ -59,35 +59,30 @@ class Rollout:
     encoded: object = None            # what the adapter made of (prompt, images), if it was asked
 
 
-@dataclass
 class GenerateOutputs:
-    """A step's completions as parallel lists; outputs.reward and outputs["reward"] both work."""
-    prompt: list[list[dict]]
-    completion: list[str]
-    answer: list[str]
-    state: list[dict]
-    info: list[dict]
-    example_id: list[int]
-    reward: list[float]
-    metrics: dict[str, list[float]]
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
-    completion_logprobs: list[list[float]]
-    finish_reason: list[str]
-    images: list[list[Image.Image]]
-    encoded: list = field(default_factory=list)
+    """A step's completions as parallel lists, one for each field of Rollout.
+
+    metrics alone is a dict, of one list per reward function. outputs.reward and
+    outputs["reward"] both work. Raises TypeError for a name that Rollout does not have.
+    """
+
+    def __init__(self, **columns):
+        names = [f.name for f in fields(Rollout)]
+        if unknown := sorted(columns.keys() - set(names)):
+            raise TypeError(f"GenerateOutputs has no {unknown}; it has {names}")
+        empty = dict.fromkeys(names, [None] * len(columns["completion_ids"]))
+        vars(self).update({**empty, "metrics": {}, **columns})
 
     @classmethod
     def from_rollouts(cls, rollouts: list[Rollout]) -> "GenerateOutputs":
+        """Transpose; rollouts must not be empty."""
         columns = {f.name: [getattr(r, f.name) for r in rollouts] for f in fields(Rollout)}
-        names = list(rollouts[0].metrics) if rollouts else []
-        columns["metrics"] = {name: [r.metrics[name] for r in rollouts] for name in names}
+        columns["metrics"] = {name: [r.metrics[name] for r in rollouts]
+                              for name in rollouts[0].metrics}
         return cls(**columns)
 
     def __getitem__(self, name: str):
-        if name not in self.__dataclass_fields__:
-            raise KeyError(f"GenerateOutputs has no {name!r}; it has {list(self.__dataclass_fields__)}")
-        return getattr(self, name)
+        return vars(self)[name]
 
     def __len__(self) -> int:
         return len(self.completion_ids)
@@ -168,79 +163,77 @@ def render_prompt(prompt: list[dict]) -> tuple[list[dict], list[Image.Image]]:
 class Generator:
     """Rolls out an environment's prompts on a vLLM OpenAI server.
 
-    max_concurrent requests (one per prompt, n completions each) are in flight at most.
-    logit_bias keeps the vision tokens from being sampled; `encode`, if given, is called with
-    (prompt, images) once per prompt while other requests are still running.
+    config: temperature, max_tokens, seed, generation_timeout (s), and max_concurrent, the requests
+    (one per prompt, n completions each) in flight. logit_bias keeps vision tokens from being
+    sampled. encode(prompt, images) is called once per prompt, while others are still sampled.
     """
 
-    def __init__(self, environment: Environment, base_url: str, *, model: str, temperature: float,
-                 max_tokens: int, seed: int, logit_bias: dict[int, float], max_concurrent: int,
-                 timeout: float, encode: Callable | None = None):
+    def __init__(self, environment: Environment, url: str, config, logit_bias: dict[int, float],
+                 encode: Callable | None = None):
         if not len(environment.train):
             raise ValueError("the environment's train split is empty")
-        self.environment, self.base_url, self.timeout = environment, base_url, timeout
+        self.environment, self.url, self.config, self.encode = environment, url, config, encode
         self.weights = environment.weights or [1.0] * len(environment.rewards)
-        self.seed, self.encode = seed, encode
-        self.request = {"model": model, "temperature": temperature, "max_tokens": max_tokens,
-                        "logprobs": True, "return_token_ids": True, **FULL_SOFTMAX,
-                        "logit_bias": {str(token): bias for token, bias in logit_bias.items()}}
-        self.pool = ThreadPoolExecutor(max_concurrent, thread_name_prefix="rollout")
-        self.local = threading.local()
+        self.pool = ThreadPoolExecutor(config.max_concurrent, thread_name_prefix="rollout")
+        self.local = threading.local()  # a session per thread
+        self.request = {"model": self.call("get", "/v1/models")["data"][0]["id"],
+                        "temperature": config.temperature, "max_tokens": config.max_tokens,
+                        "logit_bias": {str(token): bias for token, bias in logit_bias.items()},
+                        "logprobs": True, "return_token_ids": True, **FULL_SOFTMAX}
 
     def train_step(self, step: int, num_prompts: int, group_size: int) -> GenerateOutputs:
-        """The step's prompts, each sampled group_size times. A function of (seed, step) alone.
+        """The step's prompts, each sampled group_size times: a function of (seed, step) alone.
 
         Prompts advance through the shuffled train split, epoch after epoch.
         """
-        rows = self.environment.train
-        jobs = []
+        rows, jobs = self.environment.train, []
         for position in range(step * num_prompts, (step + 1) * num_prompts):
             epoch, offset = divmod(position, len(rows))
             if not jobs or offset == 0:
                 order = list(range(len(rows)))
-                random.Random(f"{self.seed}-{epoch}").shuffle(order)
+                random.Random(f"{self.config.seed}-{epoch}").shuffle(order)
             jobs.append((rows, order[offset], group_size, position * group_size))
-        return self._run(jobs)
+        return self.run(jobs)
 
     def evaluate(self, num_samples: int = 1) -> GenerateOutputs:
         """Every held-out row, sampled at the training temperature with seeds of its own."""
         rows = self.environment.eval
-        return self._run([(rows, i, num_samples, (1 << 39) + i * num_samples)
-                          for i in range(len(rows))])
+        return self.run([(rows, i, num_samples, 2**39 + i * num_samples) for i in range(len(rows))])
 
-    def _run(self, jobs: list[tuple]) -> GenerateOutputs:
-        groups = self.pool.map(lambda job: self._group(*job), jobs)
+    def run(self, jobs: list[tuple]) -> GenerateOutputs:
+        """Jobs are (rows, index, n, first seed)."""
+        groups = self.pool.map(lambda job: self.group(*job), jobs)
         return GenerateOutputs.from_rollouts([rollout for group in groups for rollout in group])
 
-    def _group(self, rows: Sequence[dict], index: int, n: int, seed: int) -> list[Rollout]:
+    def group(self, rows: Sequence[dict], index: int, n: int, seed: int) -> list[Rollout]:
         """One prompt's n completions, scored."""
         row = rows[index]
         messages, images = render_prompt(row["prompt"])
         # vLLM gives sample i of a request the seed + i: neighbours are n apart, none overlap
-        reply = self._post({**self.request, "messages": messages, "n": n,
-                            "seed": (self.seed << 40) + seed})
+        reply = self.call("post", "/v1/chat/completions", {
+            **self.request, "messages": messages, "n": n, "seed": (self.config.seed << 40) + seed})
         encoded = self.encode(row["prompt"], images) if self.encode else None
-        info, answer = row.get("info") or {}, row.get("answer", "")
-        first_url = next((part["image_url"]["url"] for m in messages if isinstance(m["content"], list)
-                          for part in m["content"] if part["type"] == "image_url"), None)
-        rollouts = []
+        info, answer, rollouts = row.get("info") or {}, row.get("answer", ""), []
+        url = png_data_uri(images[0]) if images else None
         for choice in reply["choices"]:
             text = choice["message"]["content"] or ""
             scores = {f.__name__: float(f(text, answer, **info)) for f in self.environment.rewards}
             rollouts.append(Rollout(
                 prompt=row["prompt"], completion=text, answer=answer, info=info, example_id=index,
-                state={"image_url": first_url, **row}, images=images, encoded=encoded,
+                state={"image_url": url, **row}, images=images, encoded=encoded, metrics=scores,
                 reward=sum(w * s for w, s in zip(self.weights, scores.values(), strict=True)),
-                metrics=scores, prompt_ids=reply["prompt_token_ids"],
-                completion_ids=choice["token_ids"], finish_reason=choice["finish_reason"],
-                completion_logprobs=[t["logprob"] for t in choice["logprobs"]["content"]]))
+                prompt_ids=reply["prompt_token_ids"], completion_ids=choice["token_ids"],
+                completion_logprobs=[t["logprob"] for t in choice["logprobs"]["content"]],
+                finish_reason=choice["finish_reason"]))
         return rollouts
 
-    def _post(self, body: dict) -> dict:
+    def call(self, method: str, route: str, body: dict | None = None) -> dict:
+        """One HTTP call. Raises RuntimeError with what the server answered."""
         if not hasattr(self.local, "session"):
             self.local.session = requests.Session()
-        url = f"{self.base_url}/v1/chat/completions"
-        response = self.local.session.post(url, json=body, timeout=self.timeout)
+        response = self.local.session.request(method, self.url + route, json=body,
+                                              timeout=self.config.generation_timeout)
         if response.status_code != 200:
-            raise RuntimeError(f"{url} answered {response.status_code}: {response.text[:500]}")
+            raise RuntimeError(f"{self.url}{route} answered {response.status_code}: "
+                               f"{response.text[:500]}")
         return response.json()

@@ -5,6 +5,7 @@ travel by vLLM's own RL API, on GPUs through its NCCL trainer engine; for CPUs, 
 none, a small engine over gloo is registered that reuses the rest. These routes let a caller run
 code: the server started here listens on 127.0.0.1 unless [inference.args] host says otherwise.
 """
+import contextlib
 import ctypes
 import functools
 import json
@@ -34,14 +35,14 @@ def server_url(host: str, port: int) -> str:
     return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
-def server_command(model: str, port: int, backend: str, gpus: int, args: dict) -> list[str]:
+def server_command(model: str, port: int, gpus: int, args: dict) -> list[str]:
     """The command that starts vLLM's OpenAI server for RL; args are any vLLM flags.
 
-    True becomes --flag, False --no-flag, tables and lists are JSON-encoded.
+    True becomes --flag, False --no-flag, tables and lists are JSON-encoded. gpus = 0: the CPU.
     """
     defaults = {"host": "127.0.0.1", "logprobs_mode": "processed_logprobs",
-                "weight_transfer_config": {"backend": backend}}
-    if backend == "gloo":
+                "weight_transfer_config": {"backend": "nccl" if gpus else "gloo"}}
+    if not gpus:
         defaults["worker_extension_cls"] = "sync.GlooWorkerExtension"
         # vLLM 0.32 crashes on a CPU when the prefill of a request with a seed is chunked
         defaults["enable_chunked_prefill"] = False
@@ -61,21 +62,34 @@ def server_command(model: str, port: int, backend: str, gpus: int, args: dict) -
 
 
 class VLLMServer:
-    """A vLLM server process of our own, stopped when its context ends, its output in log_path."""
+    """A vLLM server of our own while the context lasts; its output goes to log_path."""
 
-    def __init__(self, command: list[str], url: str, log_path: Path, visible_gpus: str | None):
+    def __init__(self, command: list[str], url: str, gpus: int, log_path: Path):
+        here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ,
                "VLLM_SERVER_DEV_MODE": "1",  # the RL routes
-               "PYTHONPATH": os.pathsep.join(filter(None, [  # workers import this module
-                   str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))}
-        if visible_gpus is not None:
-            env["CUDA_VISIBLE_DEVICES"] = visible_gpus
+               "PYTHONPATH": here.strip(os.pathsep)}  # its workers import this module
+        if gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
         self.url, self.log_path = url, log_path
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with open(log_path, "w") as log:
-            # a session of its own: Ctrl-C reaches us alone, and we stop the whole group
-            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log,
-                                            start_new_session=True, preexec_fn=die_with_parent)
+            # a session of its own: Ctrl-C reaches us alone, and we stop the whole group. And
+            # Linux sends it SIGTERM when the trainer dies, however it dies (PR_SET_PDEATHSIG)
+            self.process = subprocess.Popen(
+                command, env=env, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM))
+
+    def __enter__(self) -> "VLLMServer":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # what is left of its process group
+        self.process.wait(20)
 
     def check_alive(self) -> None:
         """Raises RuntimeError with the errors in its log once the process has ended."""
@@ -84,26 +98,6 @@ class VLLMServer:
             errors = [line.strip() for line in lines if "rror" in line] or lines
             raise RuntimeError(f"the vLLM server ended with code {self.process.returncode} (log: "
                                f"{self.log_path}): {' | '.join(errors[-3:])}")
-
-    def __enter__(self) -> "VLLMServer":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)  # what is left of its process group
-        except ProcessLookupError:
-            pass
-        self.process.wait(20)
-
-
-def die_with_parent() -> None:
-    """In the child: have Linux send SIGTERM when the trainer dies, however it dies."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def is_healthy(url: str) -> bool:
@@ -128,13 +122,6 @@ def wait_until_healthy(url: str, timeout: float, server: VLLMServer | None = Non
         time.sleep(1)
     if waited:
         print(f"\rthe vLLM server at {url} is up ({waited:.0f} s)" + " " * 10)
-
-
-def served_model(url: str) -> str:
-    """The name under which the server serves its model."""
-    response = requests.get(f"{url}/v1/models", timeout=30)
-    response.raise_for_status()
-    return response.json()["data"][0]["id"]
 
 
 class CheckpointSource:
@@ -181,15 +168,16 @@ class WeightSync:
             HTTPVLLMWeightSyncClient, WeightTransferTrainerFactory)
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         self.url, self.timeout = url, timeout
-        self._post("shutdown_weight_transfer_engine")
+        self.call("shutdown_weight_transfer_engine")
         server = urlsplit(url)
         with socket.create_connection((server.hostname, server.port), timeout) as connection:
             address = connection.getsockname()[0]  # ours, as the server can reach it
         with socket.create_server((address, 0)) as probe:
             port = probe.getsockname()[1]
+        workers = self.call("get_world_size", "get").json()["world_size"]
         info_cls = register_gloo() if backend == "gloo" else NCCLTrainerInitInfo
         info = info_cls(rank=0, master_address=address, master_port=port,
-                        world_size=self._get("get_world_size")["world_size"] + 1)
+                        world_size=workers + 1)
         self.engine = WeightTransferTrainerFactory.trainer_init(
             info, client=HTTPVLLMWeightSyncClient(url, timeout), source=source)
 
@@ -199,29 +187,27 @@ class WeightSync:
         Requests in flight are kept and go on with the new weights. Every cache goes: image
         features are keyed by the image alone, and would be those of the old vision tower.
         """
-        self._post("pause?mode=keep")
+        self.call("pause?mode=keep")
         self.engine.send_weights()
-        self._post("update_weight_version", {"new_version": str(version)})
+        self.call("update_weight_version", body={"new_version": str(version)})
         for cache in ("prefix_cache?reset_running_requests=true", "mm_cache", "encoder_cache"):
-            self._post(f"reset_{cache}")
-        self._post("resume")
-        served = self._get("weight_info")["weight_version"]
+            self.call(f"reset_{cache}")
+        self.call("resume")
+        served = self.call("weight_info", "get").json()["weight_version"]
         if served != str(version):
             raise RuntimeError(f"{self.url} serves weights of version {served!r} after version "
                                f"{version} was sent")
 
     def close(self) -> None:
         """Leave the group; the server goes on with the weights that it has."""
-        self._post("shutdown_weight_transfer_engine")
+        self.call("shutdown_weight_transfer_engine")
         self.engine.shutdown()
 
-    def _post(self, route: str, body: dict | None = None) -> None:
-        requests.post(f"{self.url}/{route}", json=body, timeout=self.timeout).raise_for_status()
-
-    def _get(self, route: str) -> dict:
-        response = requests.get(f"{self.url}/{route}", timeout=self.timeout)
+    def call(self, route: str, method: str = "post", body: dict | None = None) -> requests.Response:
+        """One HTTP call; raises requests.RequestException."""
+        response = requests.request(method, f"{self.url}/{route}", json=body, timeout=self.timeout)
         response.raise_for_status()
-        return response.json()
+        return response
 
 
 @functools.cache
@@ -293,18 +279,13 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'sync' has no attribute {name!r}")
 
 
-def main(argv: list[str]) -> int:
-    """Run the server of a config file until it ends or is interrupted."""
-    from train import command_line, start_server
-    config = command_line(argv, "sync.py")
-    with start_server(config) as server:
-        wait_until_healthy(server.url, config.trainer.vllm_server_timeout, server)
-        print(f"serving {config.model}; log: {server.log_path}; Ctrl-C stops it", flush=True)
-        return server.process.wait()
-
-
 if __name__ == "__main__":
+    from train import command_line, start_server
     try:
-        sys.exit(main(sys.argv[1:]))
+        config = command_line(sys.argv[1:], "sync.py")
+        with start_server(config) as server:
+            wait_until_healthy(server.url, config.vllm_server_timeout, server)
+            print(f"serving {config.model}; log: {server.log_path}; Ctrl-C stops it", flush=True)
+            sys.exit(server.process.wait())
     except KeyboardInterrupt:
         sys.exit(130)

@@ -29,59 +29,65 @@ from rollout import GenerateOutputs, Generator, load_environment
 
 def positive(default):
     """A config field that must be above 0."""
-    return field(default=default, metadata={"above": 0})
+    return field(default=default, metadata={"positive": True})
 
 
 @dataclass(frozen=True)
 class MultimodalRLConfig:
-    """Everything the trainer can be told; in TOML the keys of [trainer.args] (env_* in [env]).
+    """Everything a run can be told. Raises ValueError naming the key whose value cannot be.
 
-    Raises ValueError naming the key whose value cannot be.
+    In TOML the first seven are `model` and the tables [env], [inference] and [trainer]; all
+    others are keys of [trainer.args].
     """
+    model: str = ""                         # Hugging Face id or directory
     env_id: str = ""
     env_args: dict = field(default_factory=dict)
-    run_name: str = "run"
-    output_dir: str = "./outputs"        # everything is written to output_dir/run_name
-    seed: int = 0
+    inference_gpus: int = 1
+    inference_args: dict = field(default_factory=dict)  # any flags of the vLLM server
+    trainer_gpus: int = 1
 
+    run_name: str = "run"
+    output_dir: str = "./outputs"           # everything is written to output_dir/run_name
+    seed: int = 0
     max_steps: int = positive(500)
-    batch_size: int = positive(512)           # completions per optimizer step
-    rollouts_per_step: int = positive(16)     # prompts; G = batch_size / rollouts_per_step
-    micro_batch_size: int = positive(4)       # completions per forward: lower it for memory
+    batch_size: int = positive(512)         # completions per optimizer step
+    rollouts_per_step: int = positive(16)   # prompts; G = batch_size / rollouts_per_step
+    micro_batch_size: int = positive(4)     # completions per forward: lower it for memory
     learning_rate: float = positive(1e-5)
-    warmup_steps: int = 0                     # linear, then constant
+    warmup_steps: int = 0                   # linear, then constant
     weight_decay: float = 0.0
     max_grad_norm: float = positive(1.0)
-    mask_ratio_low: float = 0.1               # outside, a token is left out of the loss
+    mask_ratio_low: float = 0.1             # tokens outside are left out of the loss
     mask_ratio_high: float = positive(10.0)
     clip_low: float = positive(0.2)
     clip_high: float = positive(0.2)
-    divide_by_std: bool = False               # advantages over the group's std
-    share_prompt: bool | None = None          # unset: decided per micro-batch, by counting work
-    gradient_checkpointing: bool = False
-    freeze_vision: bool = False               # train the language model alone
-
+    divide_by_std: bool = False             # advantages by the std of their group
+    share_prompt: bool | None = None        # unset: decided per micro-batch, by counting work
+    gradient_checkpointing: bool = False    # less memory, but prompts cannot be shared
+    freeze_vision: bool = False             # train the language model alone
     temperature: float = positive(1.0)
     max_tokens: int = positive(512)
-    vllm_server_host: str = "0.0.0.0"         # a local name: train.py starts the server itself
+    vllm_server_host: str = "0.0.0.0"       # a local name: train.py starts the server itself
     vllm_server_port: int = positive(8000)
     vllm_server_timeout: float = positive(600)  # seconds to come up; also for a weight update
     generation_timeout: float = positive(600)   # seconds for one prompt's completions
-    max_concurrent: int = positive(128)       # requests (prompts) in flight
-    sync_to_vllm_every: int = 1               # steps; 0 = never, on purpose
-
-    log_every_steps: int = positive(10)       # sampled rollouts are written
-    save_every_steps: int = 0                 # 0 = only at the end
-    eval_every_steps: int = 0                 # also before the first and after the last step
-    eval_samples: int = positive(1)           # completions per held-out prompt
-    wandb_project: str = ""                   # set: log to Weights & Biases too
+    max_concurrent: int = positive(128)     # requests (prompts) in flight
+    sync_to_vllm_every: int = 1             # steps; 0 = never, on purpose
+    log_every_steps: int = positive(10)     # sampled rollouts are written
+    save_every_steps: int = 0               # 0 = only at the end
+    eval_every_steps: int = 0               # also before the first and after the last step
+    eval_samples: int = positive(1)         # completions per held-out prompt
+    wandb_project: str = ""                 # set: log to Weights & Biases too
 
     def __post_init__(self):
-        check_types(self)
         for f in fields(self):
-            value, least = getattr(self, f.name), f.metadata.get("above")
-            if least is not None and value <= least:
-                raise ValueError(f"{f.name} must be above {least}, not {value}")
+            value = getattr(self, f.name)
+            fits = isinstance(value, f.type) or (f.type is float and isinstance(value, int))
+            if not fits or (isinstance(value, bool) and f.type in (int, float)):
+                kind = getattr(f.type, "__name__", f.type)
+                raise ValueError(f"{f.name} must be of type {kind}, not {value!r}")
+            if "positive" in f.metadata and value <= 0:
+                raise ValueError(f"{f.name} must be above 0, not {value}")
         if self.batch_size % self.rollouts_per_step:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of rollouts_per_step"
                              f" {self.rollouts_per_step}: G = batch_size / rollouts_per_step")
@@ -94,33 +100,39 @@ class MultimodalRLConfig:
         """G, completions per prompt."""
         return self.batch_size // self.rollouts_per_step
 
-
-@dataclass(frozen=True)
-class RunConfig:
-    """A config file: which model, on how many GPUs, with which trainer config."""
-    model: str
-    trainer: MultimodalRLConfig
-    inference_gpus: int = 1
-    inference_args: dict = field(default_factory=dict)  # any flags of the vLLM server
-    trainer_gpus: int = 1
-
-    def __post_init__(self):
-        check_types(self)
-
     @property
     def url(self) -> str:
         """Where the trainer finds the server."""
-        return sync.server_url(self.trainer.vllm_server_host, self.trainer.vllm_server_port)
+        return sync.server_url(self.vllm_server_host, self.vllm_server_port)
 
 
-def check_types(config) -> None:
-    """Raises ValueError if a field holds another type than it declares; an int may be a float."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        fits = isinstance(value, f.type) or (f.type is float and isinstance(value, int))
-        if not fits or (isinstance(value, bool) and f.type in (int, float)):
-            raise ValueError(f"{f.name} must be {getattr(f.type, '__name__', f.type)}, "
-                             f"not {value!r}")
+TABLES = {"env": ["id", "args"], "inference": ["gpus", "args"], "trainer": ["gpus", "args"]}
+TRAINER_ARGS = [f.name for f in fields(MultimodalRLConfig)
+                if f.name != "model" and not f.name.startswith(tuple(TABLES))]
+
+
+def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
+    """Read a TOML file, then overrides: "learning_rate=1e-4", "env.args.seed=1", "model=DIR".
+
+    Raises ValueError in one line naming the file, the key and the nearest valid one.
+    """
+    try:
+        raw = tomli.loads(Path(path).read_text())
+        for override in overrides:
+            apply_override(raw, override)
+        flat = {"model": raw.get("model", "")}
+        check_keys(raw, ["model", *TABLES], "the file")
+        for name, valid in TABLES.items():
+            check_keys(raw.get(name, {}), valid, f"[{name}]")
+            flat |= {f"{name}_{key}": value for key, value in raw.get(name, {}).items()}
+        args = flat.pop("trainer_args", {})
+        check_keys(args, TRAINER_ARGS, "[trainer.args]")
+        config = MultimodalRLConfig(**flat, **args)
+        if not config.model or not config.env_id:
+            raise ValueError('it must set model = "..." and [env] id = "..."')
+        return config
+    except (OSError, ValueError) as error:  # tomli's errors are ValueErrors
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def check_keys(table, valid: list[str], where: str) -> None:
@@ -133,36 +145,9 @@ def check_keys(table, valid: list[str], where: str) -> None:
         raise ValueError(f"unknown key {key!r} in {where}; {hint}")
 
 
-def load_config(path: str, overrides: list[str] = ()) -> RunConfig:
-    """Read a TOML file, then overrides such as "learning_rate=1e-4" or "env.args.seed=1".
-
-    Raises ValueError in one line naming the file, the key and the nearest valid one.
-    """
-    try:
-        raw = tomli.loads(Path(path).read_text())
-        for override in overrides:
-            apply_override(raw, override)
-        check_keys(raw, ["model", "env", "inference", "trainer"], "the file")
-        env, inference, trainer = (raw.get(name, {}) for name in ("env", "inference", "trainer"))
-        check_keys(env, ["id", "args"], "[env]")
-        check_keys(inference, ["gpus", "args"], "[inference]")
-        check_keys(trainer, ["gpus", "args"], "[trainer]")
-        args = trainer.get("args", {})
-        check_keys(args, [f.name for f in fields(MultimodalRLConfig)], "[trainer.args]")
-        if "model" not in raw or "id" not in env:
-            raise ValueError('it must set model = "..." and [env] id = "..."')
-        args = {"env_id": env["id"], "env_args": env.get("args", {}), **args}
-        return RunConfig(raw["model"], MultimodalRLConfig(**args), inference.get("gpus", 1),
-                         inference.get("args", {}), trainer.get("gpus", 1))
-    except (OSError, ValueError) as error:  # tomli's errors are ValueErrors
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-
-
 def apply_override(raw: dict, override: str) -> None:
     """Set one key of the raw tables; a bare key is one of [trainer.args] (or `model`)."""
     key, equals, text = override.partition("=")
-    if not equals:
-        raise ValueError(f"{override!r} is not key=value")
     try:
         value = tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:
@@ -170,17 +155,16 @@ def apply_override(raw: dict, override: str) -> None:
     *tables, last = key.split(".") if "." in key or key == "model" else ["trainer", "args", key]
     for table in tables:
         raw = raw.setdefault(table, {})
-        if not isinstance(raw, dict):
-            raise ValueError(f"override {override!r}: {table} is not a table")
+        if not isinstance(raw, dict) or not equals:
+            raise ValueError(f"override {override!r} is not key=value or table.key=value")
     raw[last] = value
 
 
 def vision_token_ids(model_config) -> list[int]:
     """The ids that stand for images and videos, and their brackets, from the model's config."""
-    ids = {value for name, value in model_config.to_dict().items()
-           if isinstance(value, int) and name.endswith(("token_id", "token_index"))
-           and any(word in name for word in ("image", "video", "vision", "audio"))}
-    return sorted(i for i in ids if i >= 0)
+    return sorted({value for name, value in model_config.to_dict().items()
+                   if isinstance(value, int) and name.endswith(("token_id", "token_index"))
+                   and any(word in name for word in ("image", "video", "vision", "audio"))})
 
 
 class Policy(torch.nn.Module):
@@ -275,7 +259,7 @@ class MultimodalGRPOTrainer:
         self.banned = vision_token_ids(model.config)
         self.policy = Policy(model, config.temperature, self.banned)
         # dropout would make the trainer another policy than the one that sampled; but
-        # Hugging Face checkpoints gradients in training mode alone, and without a cache
+        # Hugging Face checkpoints gradients in training mode alone, and then without a cache
         model.train(config.gradient_checkpointing)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -284,9 +268,9 @@ class MultimodalGRPOTrainer:
             model.requires_grad_(False)
             model.get_decoder().requires_grad_(True)
             model.get_output_embeddings().requires_grad_(True)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate,
-                                           weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=config.learning_rate,
+            weight_decay=config.weight_decay)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1.0, (step + 1) / max(1, config.warmup_steps)))
 
@@ -324,8 +308,8 @@ class MultimodalGRPOTrainer:
     def update(self, outputs: GenerateOutputs) -> dict[str, float]:
         """One optimizer step on the given completions; needs no server. Returns its metrics.
 
-        Completions of equal example_id are a group. Means are over the tokens of the loss mask
-        that were forwarded; groups of equal rewards are not, but N counts their tokens.
+        Completions of equal example_id are a group. ir, ent, kl and the like are means over the
+        forwarded tokens of the loss mask; groups of equal rewards are not forwarded.
         """
         batch = self.build_batch(outputs)
         if self.can_share is None:
@@ -336,10 +320,9 @@ class MultimodalGRPOTrainer:
             share = self.can_share and (self.config.share_prompt or micro.sharing_pays(
                 self.model.config.get_text_config().hidden_size))
             micro = micro.to(self.device)
-            logprobs, entropies = self.logprobs(micro, share)
             loss, part = grpo_loss(
-                logprobs, micro.behavior_logprobs, entropies, micro.advantages, micro.loss_mask,
-                num_tokens, mask_ratio_low=self.config.mask_ratio_low,
+                *self.logprobs(micro, share), micro.behavior_logprobs, micro.advantages,
+                micro.loss_mask, num_tokens, mask_ratio_low=self.config.mask_ratio_low,
                 mask_ratio_high=self.config.mask_ratio_high, clip_low=self.config.clip_low,
                 clip_high=self.config.clip_high)
             loss.backward()
@@ -354,8 +337,8 @@ class MultimodalGRPOTrainer:
         self.scheduler.step()
         self.step += 1
         tokens = max(sums["tokens"], 1)
-        return {"step": self.step, "loss": sums["loss"], "ir": sums["ir"] / tokens,
-                "ent": sums["ent"] / tokens, "kl": sums["kl"] / tokens,
+        return {"step": self.step, "loss": sums["loss"],
+                **{name: sums[name] / tokens for name in ("ir", "ent", "kl")},
                 "ratio_masked_fraction": sums["masked"] / tokens,
                 "clip_fraction": sums["clipped"] / tokens, "grad_norm": grad_norm.item(),
                 "lr": lr, "tokens": num_tokens, "shared_fraction": sums["shared"] / len(batch),
@@ -377,49 +360,43 @@ class MultimodalGRPOTrainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             return self.policy(micro, share)
 
+    def tolerance(self, fp32: float, bf16: float) -> float:
+        """How far two ways to compute the same may be apart."""
+        return fp32 if self.device.type == "cpu" and self.model.dtype == torch.float32 else bf16
+
     def calibrate(self, outputs: GenerateOutputs) -> dict[str, float]:
         """Recompute the server's logprobs of some completions and print how far apart they are.
 
         Raises RuntimeError if that is more than the dtype explains, unless the weights are
         never synced: training would be off-policy from the first step on.
         """
-        batch = self.build_batch(outputs)
-        differences = []
+        batch, differences = self.build_batch(outputs), []
         for rows in torch.linspace(0, len(batch) - 1, min(32, len(batch))).long().split(4):
             micro = batch.select(rows).to(self.device)
             with torch.no_grad():
                 logprobs, _ = self.logprobs(micro, share=False)
-            differences.append((logprobs - micro.behavior_logprobs)[micro.loss_mask.bool()].cpu())
+            differences.append((logprobs - micro.behavior_logprobs)[micro.loss_mask.bool()])
         difference = torch.cat(differences)
-        found = {"max": difference.abs().max().item(), "mean": difference.abs().mean().item(),
-                 "kl": (difference.expm1() - difference).mean().item()}
-        tqdm.write(f"trainer and server: logprobs of {len(difference)} tokens differ by "
-                   f"{found['max']:.1e} at most, {found['mean']:.1e} in the mean; mismatch KL "
-                   f"{found['kl']:.1e}")
-        if found["mean"] > (1e-4 if self.exact else 0.05) and self.config.sync_to_vllm_every:
+        largest, mean = difference.abs().max().item(), difference.abs().mean().item()
+        kl = (difference.expm1() - difference).mean().item()
+        tqdm.write(f"trainer and server: logprobs of {len(difference)} tokens differ by at most "
+                   f"{largest:.1e}, in the mean {mean:.1e}; mismatch KL {kl:.1e}")
+        if mean > self.tolerance(1e-4, 0.05) and self.config.sync_to_vllm_every:
             raise RuntimeError(
-                f"trainer and server are different policies (mean difference {found['mean']:.1e}): "
-                "check --logprobs-mode processed_logprobs, --dtype, the processor's pixel limits "
-                "and whether the server computes this model as transformers does")
-        return found
-
-    @property
-    def exact(self) -> bool:
-        """Whether two ways to compute the same should agree to fp32's precision."""
-        return self.device.type == "cpu" and self.model.dtype == torch.float32
+                f"trainer and server are different policies (mean difference {mean:.1e}): check "
+                "--logprobs-mode processed_logprobs, --dtype, the processor's pixel limits, and "
+                "whether the server computes this model as transformers does")
+        return {"max": largest, "mean": mean, "kl": kl}
 
     def sharing_is_exact(self, batch: MultimodalBatch) -> bool:
         """Compute a few completions of one prompt both ways: logprobs and gradient norm.
 
         The gradient would be wrong, without any error, if a model's cache were detached.
         """
-        prompts, counts = batch.prompt_index.unique(return_counts=True)
-        rows = (batch.prompt_index == prompts[counts.argmax()]) & batch.loss_mask.bool().any(1)
-        rows = rows.nonzero().flatten()[:3]
-        if len(rows) < 2:
-            return False
-        micro, found = batch.select(rows).to(self.device), []
-        weight = torch.linspace(-1, 2, len(rows), device=self.device)[:, None]
+        trained = batch.loss_mask.bool().any(1)
+        rows = (trained & (batch.prompt_index == batch.prompt_index[trained].mode()[0])).nonzero()
+        micro, found = batch.select(rows[:3, 0]).to(self.device), []
+        weight = torch.linspace(-1, 2, len(micro), device=self.device)[:, None]
         try:
             for share in (False, True):
                 logprobs, _ = self.logprobs(micro, share)
@@ -430,11 +407,10 @@ class MultimodalGRPOTrainer:
             (plain, plain_norm), (shared, shared_norm) = found
             difference = (plain - shared).abs().max().item()
             relative = abs(shared_norm / plain_norm - 1).item()
-            if difference < (1e-4 if self.exact else 0.2) and relative < (
-                    1e-3 if self.exact else 0.1):
+            if difference < self.tolerance(1e-4, 0.2) and relative < self.tolerance(1e-3, 0.1):
                 return True
             reason = f"logprobs differ by {difference:.1e}, the gradient's norm by {relative:.1%}"
-        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             self.optimizer.zero_grad()
             reason = f"{type(error).__name__}: {str(error)[:200]}"
         tqdm.write(f"prompts are not shared, every completion is forwarded with its own: {reason}")
@@ -445,17 +421,13 @@ class MultimodalGRPOTrainer:
         config, on_gpu = self.config, self.device.type == "cuda"
         if self.environment is None:
             raise ValueError("env_id is not set: there is nothing to train on")
-        url = sync.server_url(config.vllm_server_host, config.vllm_server_port)
-        sync.wait_until_healthy(url, config.vllm_server_timeout)
-        generator = Generator(
-            self.environment, url, model=sync.served_model(url), temperature=config.temperature,
-            max_tokens=config.max_tokens, seed=config.seed, max_concurrent=config.max_concurrent,
-            timeout=config.generation_timeout, logit_bias={i: -100 for i in self.banned},
-            encode=self.adapter.encode if self.adapter.processor else None)
+        sync.wait_until_healthy(config.url, config.vllm_server_timeout)
+        generator = Generator(self.environment, config.url, config, {i: -100 for i in self.banned},
+                              self.adapter.encode if self.adapter.processor else None)
         if not config.sync_to_vllm_every:
             return generator, None
         source = sync.CheckpointSource(self.model, torch.bfloat16 if on_gpu else None)
-        weights = sync.WeightSync(url, source, "nccl" if on_gpu else "gloo",
+        weights = sync.WeightSync(config.url, source, "nccl" if on_gpu else "gloo",
                                   config.vllm_server_timeout)
         weights.send(self.step)
         return generator, weights
@@ -480,10 +452,10 @@ class MultimodalGRPOTrainer:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "rollouts.jsonl", "w") as file:
             for i in range(0, len(outputs), max(1, len(outputs) // 3)):
-                record = {"prompt": self.tokenizer.decode(outputs.prompt_ids[i]),
-                          **{name: outputs[name][i] for name in ("completion", "answer", "reward",
-                                                                 "finish_reason")},
-                          "images": [f"{i}-{j}.png" for j in range(len(outputs.images[i]))]}
+                record = {name: outputs[name][i] for name in
+                          ("completion", "answer", "reward", "finish_reason")}
+                record["prompt"] = self.tokenizer.decode(outputs.prompt_ids[i])
+                record["images"] = [f"{i}-{j}.png" for j in range(len(outputs.images[i]))]
                 file.write(json.dumps(record, default=str) + "\n")
                 for name, image in zip(record["images"], outputs.images[i]):
                     image.save(folder / name)
@@ -495,10 +467,9 @@ class MultimodalGRPOTrainer:
             file.write(json.dumps(metrics) + "\n")
         if self.config.wandb_project:
             import wandb
-            if wandb.run is None:
-                wandb.init(project=self.config.wandb_project, name=self.config.run_name,
-                           config=asdict(self.config), dir=self.run_dir)
-            wandb.log(metrics, step=self.step)
+            run = wandb.run or wandb.init(project=self.config.wandb_project, dir=self.run_dir,
+                                          name=self.config.run_name, config=asdict(self.config))
+            run.log(metrics, step=self.step)
 
     def save(self) -> Path:
         """Write run_dir/checkpoint-STEP, which from_pretrained and vLLM both load."""
@@ -521,64 +492,59 @@ def rollout_metrics(batch: MultimodalBatch, outputs: GenerateOutputs) -> dict[st
             **{f"reward/{name}": sum(v) / len(v) for name, v in outputs.metrics.items()}}
 
 
-def command_line(argv: list[str], program: str) -> RunConfig:
+def command_line(argv: list[str], program: str) -> MultimodalRLConfig:
     """["@", "config.toml", "key=value", ...]; exit code 2 and one line for a mistake."""
+    words = [word for word in (argv[0].removeprefix("@"), *argv[1:]) if word] if argv else []
     try:
-        words = [word for word in [argv[0].removeprefix("@"), *argv[1:]] if word] if argv else []
         if not words or not argv[0].startswith("@"):
             raise ValueError(f"usage: python {program} @ config.toml [key=value ...]")
         config = load_config(words[0], words[1:])
-        load_environment(config.trainer.env_id, config.trainer.env_args)
+        load_environment(config.env_id, config.env_args)
         return config
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def start_server(config: RunConfig) -> sync.VLLMServer:
+def start_server(config: MultimodalRLConfig) -> sync.VLLMServer:
     """vLLM on the first inference_gpus GPUs, or on the CPU where there are none."""
-    gpus = torch.cuda.is_available()
-    command = sync.server_command(config.model, config.trainer.vllm_server_port,
-                                  "nccl" if gpus else "gloo", config.inference_gpus,
+    gpus = config.inference_gpus if torch.cuda.is_available() else 0
+    command = sync.server_command(config.model, config.vllm_server_port, gpus,
                                   config.inference_args)
-    visible = ",".join(map(str, range(config.inference_gpus))) if gpus else None
-    log_path = Path(config.trainer.output_dir, config.trainer.run_name, "vllm.log")
-    return sync.VLLMServer(command, config.url, log_path, visible)
+    return sync.VLLMServer(command, config.url, gpus,
+                           Path(config.output_dir, config.run_name, "vllm.log"))
 
 
-def build_trainer(config: RunConfig) -> MultimodalGRPOTrainer:
-    """Model, processor and trainer from a config file, on the first GPU after the server's."""
+def build_trainer(config: MultimodalRLConfig) -> MultimodalGRPOTrainer:
+    """Model, processor and trainer from a config, on the first GPU after the server's."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
     device = f"cuda:{config.inference_gpus}" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(config.trainer.seed)
+    torch.manual_seed(config.seed)
     model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(config.model)
     return MultimodalGRPOTrainer(model.to(device), processor.tokenizer,
-                                 MultimodalAdapter(processor), config.trainer)
+                                 MultimodalAdapter(processor), config)
 
 
 @contextlib.contextmanager
-def served(config: RunConfig) -> Iterator[MultimodalGRPOTrainer]:
-    """A trainer whose server is up: the one found there, else our own, if the host is local."""
+def served(config: MultimodalRLConfig) -> Iterator[MultimodalGRPOTrainer]:
+    """A trainer whose server is up: the one found there, else our own, if the host is local.
+
+    A server of our own is stopped at the end, on errors, on Ctrl-C and on SIGTERM.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with contextlib.ExitStack() as stack:
         own = None
-        if config.trainer.vllm_server_host in sync.LOCAL_HOSTS and not sync.is_healthy(config.url):
+        if config.vllm_server_host in sync.LOCAL_HOSTS and not sync.is_healthy(config.url):
             own = stack.enter_context(start_server(config))
         trainer = build_trainer(config)  # while the server starts
-        sync.wait_until_healthy(config.url, config.trainer.vllm_server_timeout, own)
+        sync.wait_until_healthy(config.url, config.vllm_server_timeout, own)
         yield trainer
-
-
-def main(argv: list[str]) -> int:
-    """The command line; whatever ends it, a server of our own is stopped."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with served(command_line(argv, "train.py")) as trainer:
-        trainer.train()
-    return 0
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        with served(command_line(sys.argv[1:], "train.py")) as trainer:
+            trainer.train()
     except KeyboardInterrupt:
         sys.exit(130)
