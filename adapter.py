@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from batch import PAD, MultimodalBatch
+from batch import MultimodalBatch
 from rollout import GenerateOutputs
 
 
@@ -49,7 +49,7 @@ class MultimodalAdapter:
         def rows(prompt_value, completions, dtype=torch.long) -> Tensor:
             pairs = zip(outputs.prompt_ids, completions, strict=True)
             lists = [(p if prompt_value is None else [prompt_value] * len(p)) + c for p, c in pairs]
-            return torch.tensor([row + [PAD] * (width - len(row)) for row in lists], dtype=dtype)
+            return torch.tensor([row + [0] * (width - len(row)) for row in lists], dtype=dtype)
 
         ones = [[1] * len(c) for c in outputs.completion_ids]
         tokens, images, image_rows = collate(encoded, index, width)

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 PER_TOKEN = ("attention_mask", "loss_mask", "behavior_logprobs")
-PER_ROW = ("rewards", "prompt_index", "advantages")
-PAD = 0  # any valid id will do: padding is masked by length, never recognised by its value
 
 
 @dataclass
@@ -39,18 +37,15 @@ class MultimodalBatch:
 
     def __post_init__(self):
         shape = tuple(self.input_ids.shape)
-        for name in PER_TOKEN:
-            given = tuple(getattr(self, name).shape)
-            if given != shape or len(shape) != 2:
-                hint = ("; it must be (B, L): column t scores token t, column 0 is 0"
-                        if given == (shape[0], shape[-1] - 1) else "")
-                raise ValueError(f"{name} is {given}, but input_ids is (B, L) = {shape}{hint}")
         if self.prompt_index is None:
             self.prompt_index = torch.arange(shape[0])
-        for name in PER_ROW:
-            given = getattr(self, name)
-            if given is not None and tuple(given.shape) != shape[:1]:
-                raise ValueError(f"{name} is {tuple(given.shape)}, but must be (B,) = {shape[:1]}")
+        expected = dict.fromkeys(PER_TOKEN, ("(B, L)", shape)) | dict.fromkeys(
+            ("rewards", "prompt_index", "advantages"), ("(B,)", shape[:1]))
+        for name, (symbols, wanted) in expected.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != wanted:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, but must be {symbols} = {wanted}"
+                                 " like input_ids; column t speaks of token t, column 0 is masked")
         if self.loss_mask[:, :1].any():
             raise ValueError("loss_mask: column 0 must be 0, nothing comes before the first token")
         grid = self.extra_model_kwargs.get("image_grid_thw")
@@ -94,12 +89,11 @@ class MultimodalBatch:
     def cut_at(self, token_ids: list[int]) -> "MultimodalBatch":
         """End each completion before its first token of token_ids.
 
-        A policy can sample an image placeholder. The model would look for an image behind it,
-        so it and what follows it are taken out of the row, and out of the loss.
+        A sampled image placeholder would make the model look for an image behind it.
         """
         bad = torch.isin(self.input_ids, torch.tensor(token_ids)) & self.loss_mask.bool()
         kept = bad.cumsum(1) == 0
-        return replace(self, input_ids=self.input_ids.where(kept, torch.tensor(PAD)),
+        return replace(self, input_ids=self.input_ids * kept,
                        **{name: getattr(self, name) * kept for name in PER_TOKEN})
 
     def select(self, rows: Tensor) -> "MultimodalBatch":
@@ -124,10 +118,8 @@ class MultimodalBatch:
         lengths = self.lengths()
         longest = lengths.new_zeros(len(self)).scatter_reduce(0, self.prompt_index, lengths, "amax")
         keep = self.loss_mask.bool().any(1)
-        if (keep & (self.advantages != 0)).any():
-            keep &= self.advantages != 0
-        else:
-            keep &= keep.cumsum(0) <= size
+        alive = keep & (self.advantages != 0)
+        keep = alive if alive.any() else keep & (keep.cumsum(0) <= size)
         order = sorted(keep.nonzero().flatten().tolist(), key=lambda b: (
             -longest[self.prompt_index[b]].item(), self.prompt_index[b].item(), -lengths[b].item()))
         for start in range(0, len(order), size):
@@ -136,65 +128,52 @@ class MultimodalBatch:
     def to(self, device) -> "MultimodalBatch":
         """The batch with every tensor on the device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved["extra_model_kwargs"] = {k: v.to(device) for k, v in self.extra_model_kwargs.items()}
-        return MultimodalBatch(**{name: value.to(device) if isinstance(value, Tensor) else value
-                                  for name, value in moved.items()})
+        moved |= {k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)}
+        extra = {k: v.to(device) for k, v in self.extra_model_kwargs.items()}
+        return MultimodalBatch(**{**moved, "extra_model_kwargs": extra})
 
     def sharing_pays(self, hidden_size: int) -> bool:
         """Whether forwarding each prompt once is less work than every row with its own.
 
-        Counted in tokens. In a layer of hidden size H a token costs about 24 H^2 flops and a
-        pair of tokens in attention 4 H; an image patch counts as a token.
+        Counted in tokens: in a layer of hidden size H a token costs about 24 H^2 flops and a pair
+        of tokens in attention 4 H; an image patch counts as a token.
         """
-        b, p = len(self), int(self.prompt_index.max()) + 1
+        b, p, width = len(self), int(self.prompt_index.max()) + 1, self.input_ids.shape[1]
         prompt = int(self.prompt_lengths().max())
-        rest, width = int((self.lengths() - self.prompt_lengths()).max()), self.input_ids.shape[1]
-        patches = self.image_rows.get("pixel_values", [0] * p)
-        plain = b * width * (1 + width / (6 * hidden_size))
-        plain += sum(patches[i] for i in self.prompt_index.tolist())
-        shared = p * prompt * (1 + prompt / (6 * hidden_size)) + sum(patches)
-        shared += b * rest * (1 + (prompt + rest) / (6 * hidden_size))
-        return shared < 0.9 * plain
+        rest = int((self.lengths() - self.prompt_lengths()).max())
+        patches, per_pair = self.image_rows.get("pixel_values", [0] * p), 1 / (6 * hidden_size)
+        plain = b * width * (1 + width * per_pair) + sum(
+            patches[i] for i in self.prompt_index.tolist())
+        shared = p * prompt * (1 + prompt * per_pair) + sum(patches)
+        return shared + b * rest * (1 + (prompt + rest) * per_pair) < 0.9 * plain
 
-    def fork(self) -> "Fork":
-        """The same rows cut where the prompt ends, prompts once: see Policy in train.py.
+    def fork(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """The rows cut where the prompt ends: (prompts, completions, what is trained).
 
+        The dicts are model inputs, (P, W_p) and (b, W_c). Policy in train.py says what for.
         >>> batch = MultimodalBatch(
         ...     input_ids=torch.tensor([[7, 8, 1, 2, 3], [7, 8, 4, 0, 0], [9, 5, 6, 0, 0]]),
         ...     attention_mask=torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0]]),
         ...     loss_mask=torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 0, 0], [0, 1, 1, 0, 0]]),
         ...     behavior_logprobs=torch.zeros(3, 5), rewards=torch.zeros(3),
         ...     prompt_index=torch.tensor([0, 0, 1]))
-        >>> fork = batch.fork()
-        >>> fork.prompt_ids.tolist()       # two prompts instead of three, left-padded
+        >>> prompts, completions, trained = batch.fork()
+        >>> prompts["input_ids"].tolist()       # two prompts instead of three, left-padded
         [[7, 8], [0, 9]]
-        >>> fork.completion_ids.tolist()   # one line per completion, right-padded
+        >>> completions["input_ids"].tolist()   # one line per completion, right-padded
         [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
         """
         lengths, prompts = self.lengths(), self.prompt_lengths()
         rows, width = torch.arange(len(self), device=lengths.device), int(prompts.max())
         first = rows.new_zeros(int(self.prompt_index.max()) + 1)  # (P,) a row of each prompt
         first.scatter_reduce_(0, self.prompt_index, rows, "amin", include_self=False)
-        total = width + int((lengths - prompts).max())
-        source = torch.arange(total, device=lengths.device) - (width - prompts)[:, None]
-        real = (source >= 0) & (source < lengths[:, None])  # (b, W_p + W_c)
+        columns = torch.arange(width + int((lengths - prompts).max()), device=lengths.device)
+        source = columns - (width - prompts)[:, None]  # (b, W_p + W_c)
+        real = (source >= 0) & (source < lengths[:, None])
         source = source.clamp(0, self.input_ids.shape[1] - 1)
-
-        def align(tensor: Tensor) -> Tensor:
-            return tensor.gather(1, source) * real
-
-        ids, mask = align(self.input_ids), align(self.attention_mask)
-        return Fork(ids[first, :width], mask[first, :width], ids[:, width:], mask[:, width:],
-                    align(self.loss_mask)[:, width:].bool(),
-                    {key: align(t)[first, :width] for key, t in self.token_tensors().items()})
-
-
-@dataclass
-class Fork:
-    """P prompts, and b completions that continue them."""
-    prompt_ids: Tensor                # (P, W_p), left-padded
-    prompt_mask: Tensor               # (P, W_p)
-    completion_ids: Tensor            # (b, W_c), right-padded
-    completion_mask: Tensor           # (b, W_c)
-    trained: Tensor                   # (b, W_c) bool, the loss mask
-    prompt_tokens: dict[str, Tensor]  # token-level model kwargs, (P, W_p)
+        aligned = {key: tensor.gather(1, source) * real for key, tensor in {
+            "input_ids": self.input_ids, "attention_mask": self.attention_mask,
+            "loss_mask": self.loss_mask, **self.token_tensors()}.items()}
+        trained = aligned.pop("loss_mask")[:, width:].bool()
+        return ({key: tensor[first, :width] for key, tensor in aligned.items()},
+                {key: tensor[:, width:] for key, tensor in aligned.items()}, trained)

@@ -29,10 +29,10 @@ class Environment:
     """What the policy is trained on; `load_environment(**args)` of an env module returns one.
 
     A row is {"prompt": chat messages, "answer": str, "info": dict (optional)}; other keys reach
-    the adapter through `state`. Images stand in the messages as parts {"type": "image", "image":
-    SOURCE} or {"type": "image_url", "image_url": {"url": SOURCE}}; see load_image for SOURCE.
-    Each reward is f(completion, answer, **info) -> float; a completion's reward is their weighted
-    sum (weights default to 1). They are called from several threads.
+    the adapter through `state`. Images are parts {"type": "image", "image": SOURCE} or
+    {"type": "image_url", "image_url": {"url": SOURCE}} of a message; SOURCE as in load_image.
+    Rewards are f(completion, answer, **info) -> float, called from several threads; a completion's
+    reward is their sum, weighted by `weights` (default 1 each).
     """
     train: Sequence[dict]
     eval: Sequence[dict]
@@ -98,22 +98,22 @@ def load_environment(env_id: str, args: dict) -> Environment:
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
-            if error.name not in (module_name, module_name.split(".")[0]):
+            if error.name not in (module_name, "envs"):
                 raise  # the environment is there; something that it imports is not
-            continue
-        if hasattr(module, "load_environment"):
-            return module.load_environment(**args)
+        else:
+            if hasattr(module, "load_environment"):
+                return module.load_environment(**args)
     raise ValueError(f"environment {env_id!r}: no load_environment() in a module {name!r} on "
                      f"sys.path ({sys.path[0] or '.'}, ...) or in {Path('envs', name + '.py')}")
 
 
 def load_image(source, timeout: float = 20) -> Image.Image:
-    """RGB pixels from a PIL image, path, http(s) URL, data URI, raw bytes or {"bytes"/"path"}.
+    """RGB pixels from a PIL image, path, http(s) URL, data URI, bytes or {"bytes", "path"}.
 
     Raises ValueError when the source cannot be read as an image; there is no stand-in.
     """
     try:
-        if isinstance(source, dict):  # the Hugging Face datasets form, undecoded
+        if isinstance(source, dict):  # Hugging Face datasets, undecoded
             source = source.get("bytes") or source.get("path")
         if isinstance(source, str) and source.startswith("data:"):
             source = base64.b64decode(source.split(",", 1)[1])
@@ -121,15 +121,14 @@ def load_image(source, timeout: float = 20) -> Image.Image:
             response = requests.get(source, timeout=timeout)
             response.raise_for_status()
             source = response.content
-        if isinstance(source, bytes):
-            source = io.BytesIO(source)
+        source = io.BytesIO(source) if isinstance(source, bytes) else source
         image = source if isinstance(source, Image.Image) else Image.open(source)
         image = ImageOps.exif_transpose(image)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")  # on white, as vLLM does
+        if image.has_transparency_data:  # on white, as vLLM does
+            image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except (OSError, ValueError, TypeError, AttributeError, requests.RequestException) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"cannot read image {str(source)[:80]!r}: {error}") from error
 
 
@@ -142,22 +141,17 @@ def png_data_uri(image: Image.Image) -> str:
 
 def render_prompt(prompt: list[dict]) -> tuple[list[dict], list[Image.Image]]:
     """Chat messages -> (the same in OpenAI form with PNG data URIs, the images in order)."""
-    messages, images = [], []
-    for message in prompt:
-        content = message["content"]
-        if not isinstance(content, str):
-            parts = []
-            for part in content:
-                if part["type"] in ("image", "image_url"):
-                    source = part.get("image", part.get("image_url"))
-                    if isinstance(source, dict) and "url" in source:
-                        source = source["url"]
-                    images.append(load_image(source))
-                    part = {"type": "image_url", "image_url": {"url": png_data_uri(images[-1])}}
-                parts.append(part)
-            content = parts
-        messages.append({**message, "content": content})
-    return messages, images
+    images = []
+
+    def render(part: dict) -> dict:
+        if part["type"] not in ("image", "image_url"):
+            return part
+        source = part[part["type"]]
+        images.append(load_image(source.get("url", source) if isinstance(source, dict) else source))
+        return {"type": "image_url", "image_url": {"url": png_data_uri(images[-1])}}
+
+    return [{**m, "content": m["content"] if isinstance(m["content"], str)
+             else [render(part) for part in m["content"]]} for m in prompt], images
 
 
 class Generator:

@@ -118,7 +118,8 @@ def wait_until_healthy(url: str, timeout: float, server: VLLMServer | None = Non
         if waited > timeout:
             raise TimeoutError(f"no vLLM server at {url} after {timeout:.0f} s; start one with "
                                "`python sync.py @ CONFIG`, or raise vllm_server_timeout")
-        print(f"\rwaiting for the vLLM server at {url} ({waited:.0f} s)", end="", flush=True)
+        if int(waited) % 5 == 0:
+            print(f"\rwaiting for the vLLM server at {url} ({waited:.0f} s)", end="", flush=True)
         time.sleep(1)
     if waited:
         print(f"\rthe vLLM server at {url} is up ({waited:.0f} s)" + " " * 10)
@@ -135,16 +136,17 @@ class CheckpointSource:
     def __init__(self, model, dtype: torch.dtype | None = None):
         self.model, self.dtype = model, dtype
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return self._stream(lambda p: getattr(p, "full_tensor", lambda: p)().detach())
-
     def metadata(self) -> list:
         """(name, dtype, shape) of all that iteration yields."""
         from vllm.distributed.weight_transfer import ParamMeta
-        stream = self._stream(lambda p: torch.empty(p.shape, dtype=p.dtype, device="meta"))
-        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in stream]
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.stream(
+            lambda p: torch.empty(p.shape, dtype=p.dtype, device="meta"))]
 
-    def _stream(self, materialize: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self.stream(lambda p: getattr(p, "full_tensor", lambda: p)().detach())
+
+    def stream(self, materialize: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(checkpoint name, tensor); one layer at a time exists as a copy."""
         from transformers.core_model_loading import revert_weight_conversion
         layers: dict[str, dict] = {}  # no conversion reaches across layers
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -159,8 +161,8 @@ class WeightSync:
     """Sends the trainer's weights to a running vLLM server and checks that they arrived.
 
     backend: "nccl" (server and trainer on different GPUs) or "gloo" (CPU). Construction
-    rendezvouses with every worker of the server, after shutting down the group that an earlier
-    trainer may have left. Every failure raises: nobody trains on with stale weights.
+    rendezvouses with every worker, after shutting down the group that an earlier trainer may
+    have left. Every failure raises: nobody trains on with stale weights.
     """
 
     def __init__(self, url: str, source: CheckpointSource, backend: str, timeout: float):
@@ -174,7 +176,7 @@ class WeightSync:
             address = connection.getsockname()[0]  # ours, as the server can reach it
         with socket.create_server((address, 0)) as probe:
             port = probe.getsockname()[1]
-        workers = self.call("get_world_size", "get").json()["world_size"]
+        workers = self.call("get_world_size", method="get")["world_size"]
         info_cls = register_gloo() if backend == "gloo" else NCCLTrainerInitInfo
         info = info_cls(rank=0, master_address=address, master_port=port,
                         world_size=workers + 1)
@@ -189,11 +191,11 @@ class WeightSync:
         """
         self.call("pause?mode=keep")
         self.engine.send_weights()
-        self.call("update_weight_version", body={"new_version": str(version)})
+        self.call("update_weight_version", {"new_version": str(version)})
         for cache in ("prefix_cache?reset_running_requests=true", "mm_cache", "encoder_cache"):
             self.call(f"reset_{cache}")
         self.call("resume")
-        served = self.call("weight_info", "get").json()["weight_version"]
+        served = self.call("weight_info", method="get")["weight_version"]
         if served != str(version):
             raise RuntimeError(f"{self.url} serves weights of version {served!r} after version "
                                f"{version} was sent")
@@ -203,20 +205,20 @@ class WeightSync:
         self.call("shutdown_weight_transfer_engine")
         self.engine.shutdown()
 
-    def call(self, route: str, method: str = "post", body: dict | None = None) -> requests.Response:
+    def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
         """One HTTP call; raises requests.RequestException."""
         response = requests.request(method, f"{self.url}/{route}", json=body, timeout=self.timeout)
         response.raise_for_status()
-        return response
+        return response.json() if response.content else {}
 
 
 @functools.cache
 def register_gloo() -> type:
-    """Give vLLM's factories the backend "gloo": its NCCL engines with the transport replaced.
+    """Register vLLM's NCCL engines as backend "gloo", with the transport replaced.
 
     Returns the init info class of the trainer's side.
     """
-    from vllm.distributed.utils import stateless_init_torch_distributed_process_group
+    from vllm.distributed.utils import stateless_init_torch_distributed_process_group as join
     from vllm.distributed.weight_transfer import (
         WeightTransferEngineFactory, WeightTransferTrainerFactory, nccl_engine)
 
@@ -224,9 +226,8 @@ def register_gloo() -> type:
         """The methods of PyNcclCommunicator that the engines call."""
 
         def __init__(self, info, rank: int):
-            self.group = stateless_init_torch_distributed_process_group(
-                info.master_address, info.master_port, rank, info.world_size, backend="gloo",
-                timeout=timedelta(seconds=300))
+            self.group = join(info.master_address, info.master_port, rank, info.world_size,
+                              backend="gloo", timeout=timedelta(seconds=300))
 
         def broadcast(self, tensor: Tensor) -> None:
             self.group.broadcast(tensor, 0).wait()
@@ -236,8 +237,8 @@ def register_gloo() -> type:
 
     class GlooEngine(nccl_engine.NCCLWeightTransferEngine):
         def init_transfer_engine(self, info) -> None:
-            parallel = self.parallel_config
-            rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
+            config = self.parallel_config
+            rank = config.data_parallel_index * config.world_size + config.rank
             self.model_update_group = GlooGroup(info, rank + info.rank_offset)
 
         def receive_weights(self, info) -> None:
@@ -252,7 +253,7 @@ def register_gloo() -> type:
     class GlooTrainerEngine(nccl_engine.NCCLTrainerWeightTransferEngine):
         @classmethod
         def trainer_init(cls, init_info, *, client, source=None):
-            engine = cls(client=client, source=source, is_sender=init_info.is_sender)
+            engine = cls(client=client, source=source, is_sender=True)
             worker = nccl_engine.NCCLWeightTransferInitInfo(
                 master_address=init_info.master_address, master_port=init_info.master_port,
                 rank_offset=1, world_size=init_info.world_size)

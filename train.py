@@ -18,11 +18,12 @@ from pathlib import Path
 import tomli
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 import sync
 from adapter import MultimodalAdapter
-from batch import Fork, MultimodalBatch
+from batch import MultimodalBatch
 from loss import group_advantages, grpo_loss, token_logprobs
 from rollout import GenerateOutputs, Generator, load_environment
 
@@ -170,8 +171,7 @@ def vision_token_ids(model_config) -> list[int]:
 class Policy(torch.nn.Module):
     """The model as a policy: logprobs and entropies of the tokens in the loss.
 
-    Everything from ids to logprobs happens in this one forward, head included, so that sharded
-    parameters are gathered once.
+    All of it, head included, happens in this one forward: sharded parameters are gathered once.
     """
 
     def __init__(self, model, temperature: float, banned: list[int]):
@@ -205,40 +205,35 @@ class Policy(torch.nn.Module):
         left, so that each ends where its completions begin and its last state is the one before
         their first tokens. Gradients of all completions flow back through the cache and add up.
         """
-        fork, index = batch.fork(), batch.prompt_index
-        width, length = fork.prompt_ids.shape[1], fork.completion_ids.shape[1]
+        index, (prompts, completions, trained) = batch.prompt_index, batch.fork()
+        width, length = prompts["input_ids"].shape[1], trained.shape[1]
         steps = max(length - 1, 1)  # the state of the last token is before nothing
-        positions = self.positions(fork, batch)
-        prompt = self.model.base_model(
-            input_ids=fork.prompt_ids, attention_mask=fork.prompt_mask, use_cache=True,
-            position_ids=positions[..., :width], **fork.prompt_tokens,
-            **batch.images_of(range(len(fork.prompt_ids))))
-        prompt.past_key_values.batch_select_indices(index)
-        mask = torch.cat([fork.prompt_mask[index], fork.completion_mask[:, :steps]], 1)
+        positions = self.positions(prompts, length, batch)
+        prompt = self.model.base_model(**prompts, position_ids=positions[..., :width],
+                                       use_cache=True, **batch.images_of(range(int(index.max()) + 1)))
+        cache = prompt.past_key_values
+        cache.batch_select_indices(index)
+        inputs = {key: tensor[:, :steps] for key, tensor in completions.items()}
+        inputs["attention_mask"] = torch.cat(
+            [prompts["attention_mask"][index], inputs["attention_mask"]], 1)
         completion = self.model.base_model(
-            input_ids=fork.completion_ids[:, :steps], attention_mask=mask, use_cache=True,
-            past_key_values=prompt.past_key_values,
-            position_ids=positions[..., index, width:width + steps],
-            **{key: tensor.new_zeros(len(batch), steps)
-               for key, tensor in fork.prompt_tokens.items()})
+            **inputs, position_ids=positions[..., index, width:width + steps],
+            past_key_values=cache, use_cache=True)
         before_first = prompt.last_hidden_state[index, -1:]  # (b, 1, H)
-        states = torch.cat([before_first, completion.last_hidden_state], 1)[:, :length]
-        return states[fork.trained]
+        return torch.cat([before_first, completion.last_hidden_state], 1)[:, :length][trained]
 
-    def positions(self, fork: Fork, batch: MultimodalBatch) -> Tensor:
-        """(P, W) or (3, P, W): positions of each prompt and then of its completions.
+    def positions(self, prompts: dict[str, Tensor], length: int, batch: MultimodalBatch) -> Tensor:
+        """(P, W) or (3, P, W), W = W_p + length: positions of each prompt and then of its completions.
 
         M-RoPE gives an image fewer positions than tokens; such models count for themselves.
         """
-        width = fork.completion_ids.shape[1]
-        mask = torch.nn.functional.pad(fork.prompt_mask, (0, width), value=1)
+        row = {key: pad(tensor, (0, length), value=int(key == "attention_mask"))
+               for key, tensor in prompts.items()}
         count = getattr(self.model.base_model, "get_rope_index", None)
-        if count is None or not fork.prompt_tokens:
-            return (mask.cumsum(1) - 1).clamp(min=0)
-        tokens = {key: torch.nn.functional.pad(tensor, (0, width))
-                  for key, tensor in {"input_ids": fork.prompt_ids, **fork.prompt_tokens}.items()}
+        if count is None or len(row) == 2:
+            return (row["attention_mask"].cumsum(1) - 1).clamp(min=0)
         grids = {k: v for k, v in batch.image_tensors().items() if k.endswith("_thw")}
-        return count(**tokens, **grids, attention_mask=mask)[0]
+        return count(**row, **grids)[0]
 
 
 class MultimodalGRPOTrainer:
@@ -252,6 +247,7 @@ class MultimodalGRPOTrainer:
     def __init__(self, model, tokenizer, adapter: MultimodalAdapter, config: MultimodalRLConfig):
         self.model, self.tokenizer, self.adapter, self.config = model, tokenizer, adapter, config
         self.device = next(model.parameters()).device
+        self.fp32 = self.device.type == "cpu" and model.dtype == torch.float32
         self.environment = (load_environment(config.env_id, config.env_args)
                             if config.env_id else None)
         self.run_dir = Path(config.output_dir, config.run_name)
@@ -276,8 +272,7 @@ class MultimodalGRPOTrainer:
 
     def train(self) -> None:
         """Roll out, update, sync, until max_steps. The server must be up, or come up in time."""
-        config = self.config
-        generator, weights = self.connect()
+        config, (generator, weights) = self.config, self.connect()
         bar = tqdm(total=config.max_steps, initial=self.step)
         while self.step < config.max_steps:
             if config.eval_every_steps and self.step % config.eval_every_steps == 0:
@@ -360,15 +355,11 @@ class MultimodalGRPOTrainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             return self.policy(micro, share)
 
-    def tolerance(self, fp32: float, bf16: float) -> float:
-        """How far two ways to compute the same may be apart."""
-        return fp32 if self.device.type == "cpu" and self.model.dtype == torch.float32 else bf16
-
     def calibrate(self, outputs: GenerateOutputs) -> dict[str, float]:
         """Recompute the server's logprobs of some completions and print how far apart they are.
 
-        Raises RuntimeError if that is more than the dtype explains, unless the weights are
-        never synced: training would be off-policy from the first step on.
+        Raises RuntimeError if that is more than the dtype explains: training would be off-policy
+        from the first step on. (If weights are never synced, it is meant to be.)
         """
         batch, differences = self.build_batch(outputs), []
         for rows in torch.linspace(0, len(batch) - 1, min(32, len(batch))).long().split(4):
@@ -376,17 +367,17 @@ class MultimodalGRPOTrainer:
             with torch.no_grad():
                 logprobs, _ = self.logprobs(micro, share=False)
             differences.append((logprobs - micro.behavior_logprobs)[micro.loss_mask.bool()])
-        difference = torch.cat(differences)
-        largest, mean = difference.abs().max().item(), difference.abs().mean().item()
-        kl = (difference.expm1() - difference).mean().item()
-        tqdm.write(f"trainer and server: logprobs of {len(difference)} tokens differ by at most "
-                   f"{largest:.1e}, in the mean {mean:.1e}; mismatch KL {kl:.1e}")
-        if mean > self.tolerance(1e-4, 0.05) and self.config.sync_to_vllm_every:
-            raise RuntimeError(
-                f"trainer and server are different policies (mean difference {mean:.1e}): check "
-                "--logprobs-mode processed_logprobs, --dtype, the processor's pixel limits, and "
-                "whether the server computes this model as transformers does")
-        return {"max": largest, "mean": mean, "kl": kl}
+        d = torch.cat(differences)
+        found = {"max": d.abs().max().item(), "mean": d.abs().mean().item(),
+                 "kl": (d.expm1() - d).mean().item()}
+        message = (f"trainer and server: logprobs of {len(d)} tokens differ by {found['max']:.1e} "
+                   f"at most, {found['mean']:.1e} in the mean; mismatch KL {found['kl']:.1e}")
+        if found["mean"] > (1e-4 if self.fp32 else 0.05) and self.config.sync_to_vllm_every:
+            raise RuntimeError(message + ". That is not one policy: check --logprobs-mode "
+                               "processed_logprobs, --dtype, the processor's pixel limits, and "
+                               "whether the server computes this model as transformers does")
+        tqdm.write(message)
+        return found
 
     def sharing_is_exact(self, batch: MultimodalBatch) -> bool:
         """Compute a few completions of one prompt both ways: logprobs and gradient norm.
@@ -396,20 +387,18 @@ class MultimodalGRPOTrainer:
         trained = batch.loss_mask.bool().any(1)
         rows = (trained & (batch.prompt_index == batch.prompt_index[trained].mode()[0])).nonzero()
         micro, found = batch.select(rows[:3, 0]).to(self.device), []
-        weight = torch.linspace(-1, 2, len(micro), device=self.device)[:, None]
         try:
             for share in (False, True):
                 logprobs, _ = self.logprobs(micro, share)
-                (logprobs * weight).sum().backward()
+                (logprobs.sum(1) * torch.arange(1, len(micro) + 1, device=self.device)).sum().backward()
                 norms = [p.grad.norm() for p in self.model.parameters() if p.grad is not None]
                 found.append((logprobs.detach(), torch.stack(norms).norm()))
                 self.optimizer.zero_grad()
             (plain, plain_norm), (shared, shared_norm) = found
-            difference = (plain - shared).abs().max().item()
-            relative = abs(shared_norm / plain_norm - 1).item()
-            if difference < self.tolerance(1e-4, 0.2) and relative < self.tolerance(1e-3, 0.1):
+            off, norm_off = (plain - shared).abs().max(), (shared_norm / plain_norm - 1).abs()
+            if off < (1e-4 if self.fp32 else 0.2) and norm_off < (1e-3 if self.fp32 else 0.1):
                 return True
-            reason = f"logprobs differ by {difference:.1e}, the gradient's norm by {relative:.1%}"
+            reason = f"logprobs differ by {off:.1e}, the gradient's norm by {norm_off:.1%}"
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             self.optimizer.zero_grad()
             reason = f"{type(error).__name__}: {str(error)[:200]}"
@@ -432,14 +421,14 @@ class MultimodalGRPOTrainer:
         weights.send(self.step)
         return generator, weights
 
-    def evaluate(self, generator: Generator) -> float:
-        """Mean reward on the held-out split, sampled as in training; printed and logged."""
+    def evaluate(self, generator: Generator) -> None:
+        """Print and log the mean reward on the held-out split, sampled as in training."""
         outputs = generator.evaluate(self.config.eval_samples)
-        reward = sum(outputs.reward) / len(outputs)
-        self.write({"step": self.step, "eval/reward": reward,
-                    **{f"eval/{name}": sum(v) / len(v) for name, v in outputs.metrics.items()}})
-        tqdm.write(f"step {self.step}: held-out reward {reward:.3f} ({len(outputs)} completions)")
-        return reward
+        means = {f"eval/{name}": sum(values) / len(outputs) for name, values in
+                 {"reward": outputs.reward, **outputs.metrics}.items()}
+        self.write({"step": self.step, **means})
+        tqdm.write(f"step {self.step}: held-out reward {means['eval/reward']:.3f} "
+                   f"({len(outputs)} completions)")
 
     def log(self, metrics: dict, clock: list[float], outputs: GenerateOutputs) -> None:
         """A line of metrics.jsonl; every log_every_steps three completions and their images."""
@@ -471,20 +460,19 @@ class MultimodalGRPOTrainer:
                                           name=self.config.run_name, config=asdict(self.config))
             run.log(metrics, step=self.step)
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Write run_dir/checkpoint-STEP, which from_pretrained and vLLM both load."""
         folder = self.run_dir / f"checkpoint-{self.step}"
         self.model.save_pretrained(folder)
         (self.adapter.processor or self.tokenizer).save_pretrained(folder)
-        return folder
 
 
 def rollout_metrics(batch: MultimodalBatch, outputs: GenerateOutputs) -> dict[str, float]:
     """What the completions were like, whatever is done with them."""
-    rewards, lengths = batch.rewards, batch.loss_mask.sum(1).float()
-    groups = torch.tensor(outputs.example_id)
+    groups, lengths = torch.tensor(outputs.example_id), batch.loss_mask.sum(1).float()
     alive = groups[batch.advantages != 0].unique()
-    return {"reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(),
+    return {"reward": batch.rewards.mean().item(),
+            "reward_std": batch.rewards.std(correction=0).item(),
             "zero_advantage_groups": 1 - len(alive) / len(groups.unique()),
             "completion_length": lengths.mean().item(),
             "completion_length_max": lengths.max().item(),

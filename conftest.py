@@ -1,0 +1,93 @@
+"""What every test file shares: the tiny model, canned rollouts, and one vLLM server per session."""
+import random
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import sync
+from adapter import MultimodalAdapter
+from rollout import GenerateOutputs, Rollout
+from train import MultimodalGRPOTrainer, MultimodalRLConfig, load_config, start_server
+
+ROOT = Path(__file__).parent
+TINY = str(ROOT / "models" / "tiny-qwen2-vl")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(3 * width * height))
+
+
+def canned(trainer, groups, seed=0) -> GenerateOutputs:
+    """Rollouts without a server: groups = [(images, [completion length, ...]), ...].
+
+    Their behavior logprobs are the model's own, but for a little noise.
+    """
+    rng, rollouts = random.Random(seed), []
+    for example, (images, lengths) in enumerate(groups):
+        prompt = [{"role": "user", "content": [{"type": "image", "image": i} for i in images]
+                   + [{"type": "text", "text": "What color is the square? " * (1 + example % 2)}]}]
+        ids = trainer.adapter.encode(prompt, images)["input_ids"][0].tolist()
+        for i, length in enumerate(lengths):
+            rollouts.append(Rollout(
+                prompt=prompt, completion="x", answer="x", state={}, info={}, example_id=example,
+                reward=float(i % 2 == example % 2), metrics={"accuracy": 0.0}, prompt_ids=ids,
+                completion_ids=[rng.randrange(20, 250) for _ in range(length)],
+                completion_logprobs=[0.0] * length, finish_reason="stop", images=images))
+    outputs = GenerateOutputs.from_rollouts(rollouts)
+    batch = trainer.build_batch(outputs)
+    with torch.no_grad():
+        logprobs, _ = trainer.logprobs(batch, share=False)
+    outputs.completion_logprobs = [
+        [p + rng.uniform(-0.1, 0.1) for p in row[mask.bool()].tolist()]
+        for row, mask in zip(logprobs, batch.loss_mask)]
+    return outputs
+
+
+def make_trainer(model_dir=TINY, **options) -> MultimodalGRPOTrainer:
+    """A trainer on a fresh copy of the model, in fp32 on the CPU; no server, no environment."""
+    model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(model_dir)
+    config = MultimodalRLConfig(**{
+        "batch_size": 8, "rollouts_per_step": 2, "max_grad_norm": 1e9, **options})
+    return MultimodalGRPOTrainer(model, processor.tokenizer, MultimodalAdapter(processor), config)
+
+
+def gradients(trainer, outputs) -> dict[str, torch.Tensor]:
+    """The gradient of one update's loss; the weights stay as they are."""
+    class Keep:
+        step = zero_grad = staticmethod(lambda: None)
+
+    optimizer, trainer.optimizer = trainer.optimizer, Keep
+    trainer.update(outputs)
+    trainer.optimizer = optimizer
+    found = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    optimizer.zero_grad()
+    return found
+
+
+def relative_difference(a: dict, b: dict) -> float:
+    """|a - b| / |a| over all tensors together."""
+    assert a.keys() == b.keys()
+    return (sum((a[n] - b[n]).square().sum() for n in a)
+            / sum(a[n].square().sum() for n in a)).sqrt().item()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """(url, config) of one real vLLM server with the tiny model, for all tests of the session."""
+    out = tmp_path_factory.mktemp("server")
+    config = load_config(str(ROOT / "config.toml"), [
+        f"model={TINY}", f"output_dir={out}", f"vllm_server_port={free_port()}",
+        "eval_every_steps=0", "batch_size=32", "rollouts_per_step=4", "micro_batch_size=16"])
+    with start_server(config) as process:
+        sync.wait_until_healthy(config.url, 300, process)
+        yield config
