@@ -91,3 +91,7 @@ def server(tmp_path_factory):
     with start_server(config) as process:
         sync.wait_until_healthy(config.url, 300, process)
         yield config
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all-families", action="store_true", help="a vLLM server for every family")

@@ -30,11 +30,6 @@ from torch import Tensor
 LOCAL_HOSTS = ("0.0.0.0", "127.0.0.1", "localhost")
 
 
-def server_url(host: str, port: int) -> str:
-    """0.0.0.0 is where a server listens, not where a client can connect."""
-    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-
-
 def server_command(model: str, port: int, gpus: int, args: dict) -> list[str]:
     """The command that starts vLLM's OpenAI server for RL; args are any vLLM flags.
 

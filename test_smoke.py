@@ -336,8 +336,8 @@ def test_the_users_config_loads_and_means_what_it_says(tmp_path):
     ("max_steps=ten", "max_steps must be of type int, not 'ten'"),
     ("max_steps=true", "max_steps must be of type int, not True"),
     ("learning_rate=-1.0", "learning_rate must be above 0"),
-    ("batch_size=500", "multiple of rollouts_per_step"),
-    ("batch_size=16", "G must be at least 2"),
+    ("batch_size=500", "batch_size 500 must be rollouts_per_step 16 times G"),
+    ("batch_size=16", "with G at least 2"),
     ("max_steps", "is not key=value"),
 ])
 def test_a_config_mistake_is_one_line_with_file_key_and_mend(tmp_path, override, message):

@@ -37,8 +37,7 @@ def positive(default):
 class MultimodalRLConfig:
     """Everything a run can be told. Raises ValueError naming the key whose value cannot be.
 
-    In TOML the first seven are `model` and the tables [env], [inference] and [trainer]; all
-    others are keys of [trainer.args].
+    In TOML: `model`, the tables [env], [inference], [trainer], and [trainer.args] for the rest.
     """
     model: str = ""                         # Hugging Face id or directory
     env_id: str = ""
@@ -46,7 +45,6 @@ class MultimodalRLConfig:
     inference_gpus: int = 1
     inference_args: dict = field(default_factory=dict)  # any flags of the vLLM server
     trainer_gpus: int = 1
-
     run_name: str = "run"
     output_dir: str = "./outputs"           # everything is written to output_dir/run_name
     seed: int = 0
@@ -82,19 +80,16 @@ class MultimodalRLConfig:
 
     def __post_init__(self):
         for f in fields(self):
-            value = getattr(self, f.name)
-            fits = isinstance(value, f.type) or (f.type is float and isinstance(value, int))
-            if not fits or (isinstance(value, bool) and f.type in (int, float)):
-                kind = getattr(f.type, "__name__", f.type)
-                raise ValueError(f"{f.name} must be of type {kind}, not {value!r}")
+            value, kind = getattr(self, f.name), float | int if f.type is float else f.type
+            if not isinstance(value, kind) or (isinstance(value, bool) and f.type in (int, float)):
+                name = getattr(f.type, "__name__", f.type)
+                raise ValueError(f"{f.name} must be of type {name}, not {value!r}")
             if "positive" in f.metadata and value <= 0:
                 raise ValueError(f"{f.name} must be above 0, not {value}")
-        if self.batch_size % self.rollouts_per_step:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of rollouts_per_step"
-                             f" {self.rollouts_per_step}: G = batch_size / rollouts_per_step")
-        if self.group_size < 2:
-            raise ValueError("batch_size / rollouts_per_step is G = 1, but GRPO compares the "
-                             "completions of one prompt: G must be at least 2")
+        if self.batch_size % self.rollouts_per_step or self.group_size < 2:
+            raise ValueError(f"batch_size {self.batch_size} must be rollouts_per_step "
+                             f"{self.rollouts_per_step} times G, the completions per prompt that "
+                             "GRPO compares: a multiple of it, with G at least 2")
 
     @property
     def group_size(self) -> int:
@@ -103,8 +98,9 @@ class MultimodalRLConfig:
 
     @property
     def url(self) -> str:
-        """Where the trainer finds the server."""
-        return sync.server_url(self.vllm_server_host, self.vllm_server_port)
+        """Where the trainer finds the server; 0.0.0.0 is no place to connect to."""
+        host = "127.0.0.1" if self.vllm_server_host == "0.0.0.0" else self.vllm_server_host
+        return f"http://{host}:{self.vllm_server_port}"
 
 
 TABLES = {"env": ["id", "args"], "inference": ["gpus", "args"], "trainer": ["gpus", "args"]}
@@ -223,7 +219,7 @@ class Policy(torch.nn.Module):
         return torch.cat([before_first, completion.last_hidden_state], 1)[:, :length][trained]
 
     def positions(self, prompts: dict[str, Tensor], length: int, batch: MultimodalBatch) -> Tensor:
-        """(P, W) or (3, P, W), W = W_p + length: positions of each prompt and then of its completions.
+        """Of each prompt, and then of its completions: (P, W_p + length), for M-RoPE (3, P, ...).
 
         M-RoPE gives an image fewer positions than tokens; such models count for themselves.
         """
@@ -358,8 +354,8 @@ class MultimodalGRPOTrainer:
     def calibrate(self, outputs: GenerateOutputs) -> dict[str, float]:
         """Recompute the server's logprobs of some completions and print how far apart they are.
 
-        Raises RuntimeError if that is more than the dtype explains: training would be off-policy
-        from the first step on. (If weights are never synced, it is meant to be.)
+        Raises RuntimeError if that is more than the dtype explains, since training would be
+        off-policy from the first step on; not if the weights are never synced, on purpose.
         """
         batch, differences = self.build_batch(outputs), []
         for rows in torch.linspace(0, len(batch) - 1, min(32, len(batch))).long().split(4):
@@ -367,16 +363,15 @@ class MultimodalGRPOTrainer:
             with torch.no_grad():
                 logprobs, _ = self.logprobs(micro, share=False)
             differences.append((logprobs - micro.behavior_logprobs)[micro.loss_mask.bool()])
-        d = torch.cat(differences)
-        found = {"max": d.abs().max().item(), "mean": d.abs().mean().item(),
-                 "kl": (d.expm1() - d).mean().item()}
-        message = (f"trainer and server: logprobs of {len(d)} tokens differ by {found['max']:.1e} "
+        off = torch.cat(differences)
+        found = {"max": off.abs().max().item(), "mean": off.abs().mean().item(),
+                 "kl": (off.expm1() - off).mean().item()}
+        tqdm.write(f"trainer and server: logprobs of {len(off)} tokens differ by {found['max']:.1e} "
                    f"at most, {found['mean']:.1e} in the mean; mismatch KL {found['kl']:.1e}")
         if found["mean"] > (1e-4 if self.fp32 else 0.05) and self.config.sync_to_vllm_every:
-            raise RuntimeError(message + ". That is not one policy: check --logprobs-mode "
-                               "processed_logprobs, --dtype, the processor's pixel limits, and "
-                               "whether the server computes this model as transformers does")
-        tqdm.write(message)
+            raise RuntimeError(f"trainer and server are different policies ({found}): check "
+                               "--logprobs-mode processed_logprobs, --dtype, the processor's pixel "
+                               "limits, and whether vLLM computes this model as transformers does")
         return found
 
     def sharing_is_exact(self, batch: MultimodalBatch) -> bool:
@@ -385,14 +380,15 @@ class MultimodalGRPOTrainer:
         The gradient would be wrong, without any error, if a model's cache were detached.
         """
         trained = batch.loss_mask.bool().any(1)
-        rows = (trained & (batch.prompt_index == batch.prompt_index[trained].mode()[0])).nonzero()
-        micro, found = batch.select(rows[:3, 0]).to(self.device), []
+        rows = trained & (batch.prompt_index == batch.prompt_index[trained].mode()[0])
+        micro, found = batch.select(rows.nonzero()[:3, 0]).to(self.device), []
         try:
             for share in (False, True):
                 logprobs, _ = self.logprobs(micro, share)
-                (logprobs.sum(1) * torch.arange(1, len(micro) + 1, device=self.device)).sum().backward()
-                norms = [p.grad.norm() for p in self.model.parameters() if p.grad is not None]
-                found.append((logprobs.detach(), torch.stack(norms).norm()))
+                (logprobs.sum(1) @ torch.arange(1.0, len(micro) + 1, device=self.device)).backward()
+                norm = torch.nn.utils.get_total_norm(
+                    [p.grad for p in self.model.parameters() if p.grad is not None])
+                found.append((logprobs.detach(), norm))
                 self.optimizer.zero_grad()
             (plain, plain_norm), (shared, shared_norm) = found
             off, norm_off = (plain - shared).abs().max(), (shared_norm / plain_norm - 1).abs()

@@ -81,8 +81,8 @@ def make_model(size: str, tokenizer, device: str):
                 pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
                 rope_parameters=dict(rope_type="default", rope_theta=1e6,
                                      mrope_section=shape["sections"]))
-    ids = {f"{token.removesuffix('_pad')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
-           for token in ("image_pad", "video_pad", "vision_start", "vision_end")}
+    ids = {f"{name.removesuffix('_pad')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+           for name in ("image_pad", "video_pad", "vision_start", "vision_end")}
     torch.manual_seed(0)
     return Qwen2VLForConditionalGeneration(Qwen2VLConfig(
         text_config=text, vision_config=shape["vision"], tie_word_embeddings=True, **ids

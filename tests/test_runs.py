@@ -1,0 +1,109 @@
+"""Whole runs on a real vLLM server: who starts it, who stops it, and what is left behind."""
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import sync
+from conftest import ROOT, TINY, free_port
+from train import build_trainer, served, start_server
+
+
+def metrics(config) -> list[dict]:
+    path = Path(config.output_dir, config.run_name, "metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def processes_with(word: str) -> list[str]:
+    """Command lines of the running processes that mention the word."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().decode(errors="replace").replace("\0", " ")
+        except OSError:
+            continue
+        if word in command and "pytest" not in command:
+            found.append(command)
+    return found
+
+
+@pytest.mark.parametrize("kill, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143),
+                                        (signal.SIGKILL, -9)])
+def test_the_server_that_train_started_ends_with_it(tmp_path, kill, code):
+    port = free_port()
+    run = subprocess.Popen([sys.executable, "train.py", "@", "config.toml", f"model={TINY}",
+                            f"output_dir={tmp_path}", f"vllm_server_port={port}"], cwd=ROOT,
+                           start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (processes := processes_with(f"--port {port}")) or len(processes) < 1:
+        assert time.monotonic() < deadline and run.poll() is None
+        time.sleep(0.5)
+    time.sleep(12)  # in the middle of its start, with workers of its own
+    os.kill(run.pid, kill)
+    assert run.wait(60) == code
+    while processes_with(f"--port {port}"):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_a_server_that_is_up_is_used_again_and_left_running(server, tmp_path):
+    for name in ("first", "second"):
+        config = dataclasses.replace(server, output_dir=str(tmp_path), run_name=name, max_steps=2)
+        with served(config) as trainer:
+            trainer.train()
+        assert all(line["kl"] < 1e-6 for line in metrics(config))
+    assert sync.is_healthy(server.url)
+    assert not list(tmp_path.glob("*/vllm.log"))
+
+
+def test_kl_grows_when_the_weights_are_never_synced(server, tmp_path):
+    with served(dataclasses.replace(server, output_dir=str(tmp_path), max_steps=1)) as trainer:
+        trainer.train()  # the server has the weights of this run's first step now
+    config = dataclasses.replace(server, model=str(tmp_path / "colors" / "checkpoint-1"),
+                                 output_dir=str(tmp_path), run_name="stale", max_steps=6,
+                                 sync_to_vllm_every=0, learning_rate=3e-3)
+    with served(config) as trainer:
+        trainer.train()
+    kl = [line["kl"] for line in metrics(config)]
+    assert kl[0] < 1e-6 and max(kl[3:]) > 1e-4
+
+
+def test_the_final_checkpoint_scores_the_same_on_a_new_server(server, tmp_path):
+    config = dataclasses.replace(server, output_dir=str(tmp_path), max_steps=2, eval_every_steps=2)
+    with served(config) as trainer:
+        trainer.train()
+    score = [line["eval/accuracy"] for line in metrics(config) if "eval/accuracy" in line][-1]
+    config = dataclasses.replace(config, model=str(tmp_path / "colors" / "checkpoint-2"),
+                                 vllm_server_port=free_port(), sync_to_vllm_every=0)
+    with start_server(config) as process:
+        sync.wait_until_healthy(config.url, 300, process)
+        trainer = build_trainer(config)
+        generator, _ = trainer.connect()
+        outputs = generator.evaluate()
+    assert sum(outputs.reward) / len(outputs) == pytest.approx(score, abs=1 / 200)
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path):
+    run = subprocess.run([sys.executable, "train.py", "@", "config.toml", f"model={TINY}",
+                          f"output_dir={tmp_path}", f"vllm_server_port={free_port()}",
+                          "inference.args.enforce_eeger=true"], cwd=ROOT, capture_output=True,
+                         text=True, timeout=120)
+    assert run.returncode == 1
+    assert "unrecognized arguments: --enforce-eeger" in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["@", "no.toml"], "no.toml: No such file"), ([], "usage: python train.py @ config.toml"),
+    (["@", "config.toml", "env.id=nothing"], "environment 'nothing': no load_environment"),
+])
+def test_a_mistake_on_the_command_line_is_one_line_and_code_2(words, message):
+    run = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True,
+                         text=True, timeout=60)
+    assert run.returncode == 2 and run.stderr.startswith(f"error: {message}")
+    assert len(run.stderr.splitlines()) == 1
