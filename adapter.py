@@ -1,9 +1,8 @@
 """Images and token ids -> MultimodalBatch, for any vision-language model with a processor.
 
-The server's token ids are trained on as they are. The model's processor is run once per prompt
-for everything beside the ids (pixels, grids, token types); that its own ids equal the server's is
-the proof that these tensors fit the prompt, and it is checked for every prompt.
-`python adapter.py MODEL` shows whether a model can be trained: see models/check.py.
+The server's token ids are trained on as they are. The processor runs once per prompt for all else
+(pixels, grids, token types); that its ids equal the server's proves that these fit, and is checked
+for every prompt. `python adapter.py MODEL` shows whether a model can be trained (models/check.py).
 """
 import sys
 
@@ -18,8 +17,7 @@ from rollout import GenerateOutputs
 class MultimodalAdapter:
     """The built-in adapter; subclass it and write build_batch for a model that it does not fit.
 
-    processor: what AutoProcessor.from_pretrained(model) gives. A subclass with its own
-    build_batch needs none.
+    processor: of AutoProcessor.from_pretrained; a subclass with its own build_batch needs none.
     """
 
     def __init__(self, processor=None):
@@ -28,8 +26,7 @@ class MultimodalAdapter:
     def build_batch(self, outputs: GenerateOutputs) -> MultimodalBatch:
         """One (B, L) row per completion, in the order of outputs; images once per prompt.
 
-        Raises ValueError if processor and server disagree about a prompt, or if the server did
-        not return one logprob per token.
+        Raises ValueError if processor and server disagree about a prompt.
         """
         prompts: dict[tuple, int] = {}  # distinct ones, by token ids and image objects
         encoded, index = [], []
@@ -42,7 +39,7 @@ class MultimodalAdapter:
             index.append(prompts[key])
         for i, ids in enumerate(outputs.completion_ids):
             if len(ids) != len(outputs.completion_logprobs[i]):
-                raise ValueError(f"completion {outputs.completion[i][:60]!r} has {len(ids)} tokens, "
+                raise ValueError(f"completion {outputs.completion[i][:60]!r}: {len(ids)} tokens, "
                                  f"but {len(outputs.completion_logprobs[i])} logprobs")
         width = max(len(p) + len(c) for p, c in zip(outputs.prompt_ids, outputs.completion_ids))
 
@@ -67,7 +64,7 @@ class MultimodalAdapter:
         matter: some processors misread nested lists or add a second BOS.
         """
         if self.processor is None:
-            raise ValueError("MultimodalAdapter() has no processor: pass one, or write build_batch")
+            raise ValueError("MultimodalAdapter() has no processor; pass one or write build_batch")
         messages = [{**m, "content": m["content"] if isinstance(m["content"], str) else [
             {"type": "image"} if part["type"] in ("image", "image_url") else part
             for part in m["content"]]} for m in prompt]
@@ -80,16 +77,15 @@ class MultimodalAdapter:
         """Raises ValueError showing where the processor's prompt and the server's part."""
         if ours == served:
             return
-        pairs = enumerate(zip(ours, served))
-        at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(served)))
-        show = " and ".join(
-            f"{name} ({len(ids)} tokens) ...{ids[max(0, at - 5):at + 5]} = "
-            f"{self.processor.tokenizer.decode(ids[max(0, at - 5):at + 5])!r}..."
-            for name, ids in (("processor", ours), ("server", served)))
+        at = next((i for i, (a, b) in enumerate(zip(ours, served)) if a != b),
+                  min(len(ours), len(served)))
+        show = " and ".join(f"{name} ({len(ids)} tokens) {ids[max(0, at - 5):at + 5]} = "
+                            f"{self.processor.tokenizer.decode(ids[max(0, at - 5):at + 5])!r}"
+                            for name, ids in (("processor", ours), ("server", served)))
         raise ValueError(
-            f"example {example_id}: from token {at} on, {show} are different prompts. Usual causes: "
-            "other pixel limits on the server (mm_processor_kwargs), another chat template or "
-            "tokenizer, a prompt that the server truncated")
+            f"example {example_id}: from token {at} on, {show} differ. Usual causes: other pixel "
+            "limits on the server (mm_processor_kwargs), another chat template or tokenizer, or a "
+            "prompt that the server truncated")
 
 
 def collate(encoded: list[dict], index: list[int], width: int) -> tuple[dict, dict, dict]:

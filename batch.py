@@ -42,9 +42,9 @@ class MultimodalBatch:
         expected = dict.fromkeys(PER_TOKEN, ("(B, L)", shape)) | dict.fromkeys(
             ("rewards", "prompt_index", "advantages"), ("(B,)", shape[:1]))
         for name, (symbols, wanted) in expected.items():
-            tensor = getattr(self, name)
-            if tensor is not None and tuple(tensor.shape) != wanted:
-                raise ValueError(f"{name} is {tuple(tensor.shape)}, but must be {symbols} = {wanted}"
+            given = getattr(self, name)
+            if given is not None and tuple(given.shape) != wanted:
+                raise ValueError(f"{name} is {tuple(given.shape)}, but must be {symbols} = {wanted}"
                                  " like input_ids; column t speaks of token t, column 0 is masked")
         if self.loss_mask[:, :1].any():
             raise ValueError("loss_mask: column 0 must be 0, nothing comes before the first token")

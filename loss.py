@@ -1,13 +1,11 @@
-"""The mathematics of masked GRPO: pure functions of tensors.
+"""The mathematics of masked GRPO (DeepSeekMath, arXiv 2402.03300): pure functions of tensors.
 
-GRPO is from DeepSeekMath (arXiv 2402.03300). Departures, and why:
-- advantages are not divided by the group's standard deviation unless asked for: that would weigh
-  prompts by how alike their rewards are (Dr. GRPO, arXiv 2503.20783);
-- the loss is a mean over all tokens of the step, not per completion, so that long wrong answers
-  are not favoured (DAPO, arXiv 2503.14476, as the two clip bounds);
-- the ratio is taken against the logprobs recorded while sampling, and tokens whose ratio leaves
-  [mask_ratio_low, mask_ratio_high] are left out: there the two policies differ by more than
-  an off-policy correction can mend. There is no reference model and no KL penalty.
+Departures, and why. Advantages are not divided by the group's standard deviation unless asked for:
+that weighs prompts by how alike their rewards are (Dr. GRPO, arXiv 2503.20783). The loss is a mean
+over the tokens of the step, not per completion, which would favour long wrong answers (DAPO, arXiv
+2503.14476, as the two clip bounds). The ratio is taken against the logprobs recorded while sampling;
+a token whose ratio leaves [mask_ratio_low, mask_ratio_high] is left out, for there the two policies
+differ by more than a correction can mend. There is no reference model and no KL penalty.
 """
 import torch
 from torch import Tensor
@@ -35,10 +33,9 @@ def token_logprobs(hidden: Tensor, targets: Tensor, head, temperature: float,
                    banned: list[int] = (), max_logits: int = 2**24) -> tuple[Tensor, Tensor]:
     """log p(target) and the entropy of p = softmax(head(hidden) / temperature), fp32, both (N,).
 
-    hidden: (N, H) states that predict the targets (N,); head: the LM head, (n, H) -> (n, V).
-    banned ids get -100 on their logit, the same as the logit_bias of the sampling request.
-    At most max_logits logits exist at a time: the head runs chunk by chunk, and once more in the
-    backward pass. The entropy is a metric and carries no gradient.
+    hidden: (N, H) states that predict the targets (N,); head: (n, H) -> (n, V). banned ids get -100
+    on their logit, as in the sampling request. At most max_logits logits exist at a time: the head
+    runs by chunks, and again in the backward pass. The entropy is a metric, without gradient.
     """
     def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(hidden).float()  # (n, V)
@@ -80,6 +77,6 @@ def grpo_loss(logprobs: Tensor, entropies: Tensor, behavior_logprobs: Tensor, ad
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages[:, None]
     loss = -torch.where(keep, torch.minimum(plain, clipped), 0.0).sum() / max(num_tokens, 1)
     sums = {"tokens": mask, "ir": ratio * mask, "ent": entropies * mask,
-            "kl": log_ratio.expm1() - log_ratio, "masked": mask & ~keep,
-            "clipped": keep & (clipped < plain)}
+            "kl": log_ratio.expm1() - log_ratio, "masked_fraction": mask & ~keep,
+            "clip_fraction": keep & (clipped < plain)}
     return loss, {name: values.detach().sum() for name, values in sums.items()}

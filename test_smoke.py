@@ -65,7 +65,7 @@ def test_loss_is_the_hand_computed_value(advantage, ratio, objective, masked, cl
     loss, sums = grpo_loss(logprobs, torch.ones(1, 3), torch.tensor([[0.0, -1.0, 0.0]]),
                            torch.tensor([advantage]), torch.tensor([[0, 1, 0]]), num_tokens=4)
     assert loss.item() == pytest.approx(-objective / 4, rel=1e-5)
-    assert (sums["masked"].item(), sums["clipped"].item()) == (masked, clipped)
+    assert (sums["masked_fraction"].item(), sums["clip_fraction"].item()) == (masked, clipped)
     assert sums["ir"].item() == pytest.approx(ratio, rel=1e-5)
     assert sums["kl"].item() == pytest.approx(ratio - math.log(ratio) - 1, rel=1e-4, abs=1e-7)
     assert (sums["tokens"].item(), sums["ent"].item()) == (1, 1)

@@ -284,8 +284,8 @@ class MultimodalGRPOTrainer:
                 weights.send(self.step)
             clock.append(time.perf_counter())
             self.log(metrics, clock, outputs)
-            bar.set_postfix({name: f"{metrics[name]:.3g}"
-                             for name in ("loss", "ir", "ent", "kl", "reward")}, refresh=False)
+            bar.set_postfix({name: f"{metrics[name]:.3g}" for name in
+                             ("loss", "ir", "ent", "kl", "reward")}, refresh=False)
             bar.update()
             if config.save_every_steps and self.step % config.save_every_steps == 0:
                 self.save()
@@ -302,36 +302,32 @@ class MultimodalGRPOTrainer:
         Completions of equal example_id are a group. ir, ent, kl and the like are means over the
         forwarded tokens of the loss mask; groups of equal rewards are not forwarded.
         """
-        batch = self.build_batch(outputs)
+        config, batch = self.config, self.build_batch(outputs)
         if self.can_share is None:
             self.can_share = self.sharing_is_exact(batch)
-        num_tokens = batch.loss_mask.sum().item()
-        sums = collections.Counter()
-        for micro in batch.micro_batches(self.config.micro_batch_size):
-            share = self.can_share and (self.config.share_prompt or micro.sharing_pays(
+        num_tokens, sums = batch.loss_mask.sum().item(), collections.Counter()
+        for micro in batch.micro_batches(config.micro_batch_size):
+            share = self.can_share and (config.share_prompt or micro.sharing_pays(
                 self.model.config.get_text_config().hidden_size))
             micro = micro.to(self.device)
             loss, part = grpo_loss(
                 *self.logprobs(micro, share), micro.behavior_logprobs, micro.advantages,
-                micro.loss_mask, num_tokens, mask_ratio_low=self.config.mask_ratio_low,
-                mask_ratio_high=self.config.mask_ratio_high, clip_low=self.config.clip_low,
-                clip_high=self.config.clip_high)
+                micro.loss_mask, num_tokens, mask_ratio_low=config.mask_ratio_low,
+                mask_ratio_high=config.mask_ratio_high, clip_low=config.clip_low,
+                clip_high=config.clip_high)
             loss.backward()
-            sums.update({name: value.item() for name, value in part.items()},
-                        loss=loss.item(), cells=micro.input_ids.numel(), shared=share * len(micro),
-                        real=micro.attention_mask.sum().item())
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(),
-                                                   self.config.max_grad_norm)
+            sums.update({name: value.item() for name, value in part.items()}, loss=loss.item(),
+                        cells=micro.input_ids.numel(), real=micro.attention_mask.sum().item(),
+                        shared=share * len(micro))
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         lr = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         self.step += 1
-        tokens = max(sums["tokens"], 1)
-        return {"step": self.step, "loss": sums["loss"],
-                **{name: sums[name] / tokens for name in ("ir", "ent", "kl")},
-                "ratio_masked_fraction": sums["masked"] / tokens,
-                "clip_fraction": sums["clipped"] / tokens, "grad_norm": grad_norm.item(),
+        means = {name: sums[name] / max(sums["tokens"], 1)
+                 for name in ("ir", "ent", "kl", "masked_fraction", "clip_fraction")}
+        return {"step": self.step, "loss": sums["loss"], **means, "grad_norm": grad_norm.item(),
                 "lr": lr, "tokens": num_tokens, "shared_fraction": sums["shared"] / len(batch),
                 "padding_fraction": 1 - sums["real"] / max(sums["cells"], 1),
                 **rollout_metrics(batch, outputs)}

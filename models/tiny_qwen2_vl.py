@@ -21,14 +21,14 @@ from envs.colors import COLORS, load_environment
 
 OUT = Path(__file__).with_name("tiny-qwen2-vl")
 STEPS, BATCH, LEARNING_RATE = 600, 64, 2e-3
-LABELS_RIGHT = 0.22    # of the warm start's labels; the others are drawn at random
+LABELS_RIGHT = 0.22   # of the warm start's labels; the others are drawn at random
 ROW_SEED = -1         # a seed that no run would choose: the warm start sees none of its drawings
 
 CONTEXT = 4096
 INIT = 0.1            # the usual 0.02 is for wide layers; 64 wide, it learns to see far later
 # Beside <|endoftext|> and <|im_end|>, which are the pad and end tokens.
 MARKUP = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-                 "<|video_pad|>"]
+          "<|video_pad|>"]
 
 # Renders what Qwen2-VL's own template renders, images as one <|image_pad|> each.
 CHAT_TEMPLATE = """\
