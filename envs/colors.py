@@ -1,7 +1,7 @@
-"""Name the colour of a shape: the default environment, drawn on the fly and downloaded from nowhere.
+"""Name the color of a shape: the default environment, drawn on the fly, with nothing to download.
 
-Each row is a picture with one coloured square or circle on a noisy gray ground, and the question
-what colour it is. Picture sizes differ within a batch on purpose, so that every run exercises mixed
+Each row is a picture with one colored square or circle on a noisy gray ground, and the question
+what color it is. Picture sizes differ within a batch on purpose, so that every run exercises mixed
 image sizes. A row is a function of (seed, split, index): the splits share no drawing, and any row
 can be drawn again.
 """
@@ -37,7 +37,7 @@ class Drawings(Sequence):
 
 
 def draw(color: str, shape: str, rng: random.Random) -> Image.Image:
-    """One filled shape of roughly that colour, anywhere, 22 to 44 pixels wide."""
+    """One filled shape of roughly that color, anywhere, 22 to 44 pixels wide."""
     width, height = rng.choice(SIZES)
     noise = Image.frombytes("RGB", (width, height), rng.randbytes(3 * width * height))
     gray = Image.new("RGB", (width, height), (rng.randint(80, 180),) * 3)

@@ -5,8 +5,9 @@
 Nothing about it is a stand-in: it is the real architecture with two vision and two text layers, a
 byte-level BPE tokenizer, Qwen's chat markup and a processor, and it loads wherever Qwen2-VL loads.
 RL needs rewards that differ within a group, so the weights are warm-started on envs/colors.py with
-labels that are right only part of the time. The result always answers with one color and <|im_end|>
-but samples the right one in about 4 of 10 cases; what it saw is in the logits, for RL to sharpen.
+labels that are right only part of the time. The result always answers with one color and
+<|im_end|> but samples the right one in about 4 of 10 cases; what it saw is in the logits, for RL
+to sharpen.
 The same versions of the libraries on the same CPU write the same bytes.
 """
 import random

@@ -1,0 +1,62 @@
+"""Check every family of models/families.py against a real vLLM server, and write the table.
+
+    python bench/families.py [name ...]      raw output: results/families.jsonl, then the README
+
+One server start per family, about a minute each on two CPU cores. Only the named families are run
+again; the README's table is made from the raw output of all.
+"""
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+RAW = ROOT / "results" / "families.jsonl"
+
+from models.families import FAMILIES, make  # noqa: E402  (needs the path)
+
+
+def run(name: str) -> list[dict]:
+    """The lines of `python adapter.py MODEL --json` for one family."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder, name)
+        make(name, directory)
+        found = subprocess.run([sys.executable, "adapter.py", str(directory), "--json"], cwd=ROOT,
+                               capture_output=True, text=True, timeout=600)
+        return [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
+
+
+def table(records: list[dict]) -> str:
+    """A Markdown row per family: largest differences by images, over all weight versions."""
+    rows = ["| family | 0 images | 1 image | 2 images | prompts shared | verdict |",
+            "|---|---|---|---|---|---|"]
+    for name in FAMILIES:
+        mine = [r for r in records if r["model"] == name]
+        if not mine:
+            continue
+        worst = [max((r["max_logprob_difference"] for r in mine if r.get("images") == count),
+                     default=None) for count in (0, 1, 2)]
+        shared = next((r["shared_prompts_exact"] for r in mine if "shared_prompts_exact" in r), None)
+        cells = ["-" if w is None else f"{w:.1e}" for w in worst]
+        rows.append(f"| {name} | {' | '.join(cells)} | "
+                    f"{ {True: 'exact', False: 'no', None: '-'}[shared]} | {mine[-1]['verdict']} |")
+    return "\n".join(rows)
+
+
+def main(names: list[str]):
+    records = [json.loads(line) for line in RAW.read_text().splitlines()] if RAW.exists() else []
+    for name in names or FAMILIES:
+        print(name, flush=True)
+        records = [r for r in records if r["model"] != name] + run(name)
+        RAW.write_text("".join(json.dumps(r) + "\n" for r in records))
+    readme = ROOT / "README.md"
+    text = re.sub(r"(<!-- families -->\n).*?(\n<!-- end -->)",
+                  lambda m: m[1] + table(records) + m[2], readme.read_text(), flags=re.S)
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

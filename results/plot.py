@@ -1,0 +1,45 @@
+"""Draw results/colors.svg: held-out accuracy of the runs in results/*.jsonl, per step.
+
+    python results/plot.py
+"""
+import json
+from pathlib import Path
+
+HERE = Path(__file__).parent
+WIDTH, HEIGHT, LEFT, BOTTOM = 640, 320, 50, 40
+RUNS = [("colors-seed-0", "#1b6ca8", "seed 0"), ("colors-seed-1", "#2a9d8f", "seed 1"),
+        ("colors-seed-2", "#e09f3e", "seed 2"), ("colors-cold", "#b0413e", "colder base model")]
+
+
+def main():
+    curves = []
+    for name, color, label in RUNS:
+        lines = [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text().splitlines()]
+        curves.append((color, label, [(line["step"], line["eval/reward"]) for line in lines
+                                      if "eval/reward" in line]))
+    last = max(step for *_, points in curves for step, _ in points)
+
+    def x(step):
+        return LEFT + step / last * (WIDTH - LEFT - 20)
+
+    def y(accuracy):
+        return HEIGHT - BOTTOM - accuracy * (HEIGHT - BOTTOM - 20)
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+             'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>']
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(f'<path d="M{LEFT} {y(tick)}H{WIDTH - 20}" stroke="#ddd"/>'
+                     f'<text x="{LEFT - 8}" y="{y(tick) + 4}" text-anchor="end">{tick:.0%}</text>')
+    for step in range(0, last + 1, 20):
+        parts.append(f'<text x="{x(step)}" y="{HEIGHT - 20}" text-anchor="middle">{step}</text>')
+    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">optimizer step</text>')
+    for i, (color, label, points) in enumerate(curves):
+        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>'
+                     f'<text x="{WIDTH - 150}" y="{HEIGHT - 115 + 16 * i}" fill="{color}">'
+                     f'{label}: {points[-1][1]:.1%}</text>')
+    (HERE / "colors.svg").write_text("\n".join([*parts, "</svg>"]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
