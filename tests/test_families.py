@@ -5,10 +5,12 @@ start each.
 """
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import canned, gradients, make_trainer, noise, relative_difference
 from models import check
 from models.families import FAMILIES, make
+from sync import CheckpointSource
 
 ON_A_SERVER = ["llava-1.5", "qwen3-vl", "smolvlm"]  # of different tensor layouts
 
@@ -41,6 +43,14 @@ def test_a_step_trains_the_vision_tower_and_sharing_changes_nothing(checkpoints,
     assert len(trained) >= 0.8 * len(names.intersection(shared_grad)) > 0
     assert relative_difference(trained, {n: other_grad[n] for n in trained}) > 0.1
     assert (plain - other)[:5].abs().max() > 1e-2  # the rows that see images
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_are_sent_under_the_names_of_the_checkpoint_file(checkpoints, name):
+    sent = dict(CheckpointSource(make_trainer(str(checkpoints / name)).model))
+    saved = load_file(checkpoints / name / "model.safetensors")
+    assert sent.keys() - saved.keys() <= {"lm_head.weight"} and not saved.keys() - sent.keys()
+    assert all(torch.equal(sent[key], saved[key]) for key in saved)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,18 +1,21 @@
 """Whole runs on a real vLLM server: who starts it, who stops it, and what is left behind."""
 import dataclasses
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 import sync
-from conftest import ROOT, TINY, free_port
-from train import build_trainer, served, start_server
+from conftest import ROOT, TINY, free_port, noise
+from rollout import Environment, Generator, png_data_uri
+from train import MultimodalRLConfig, build_trainer, served, start_server
 
 
 def metrics(config) -> list[dict]:
@@ -107,3 +110,52 @@ def test_a_mistake_on_the_command_line_is_one_line_and_code_2(words, message):
                          text=True, timeout=60)
     assert run.returncode == 2 and run.stderr.startswith(f"error: {message}")
     assert len(run.stderr.splitlines()) == 1
+
+
+def test_prompts_of_every_kind_train_together(server, tmp_path):
+    """0, 1 and 3 images by path, data URI and object, a system message, fewer rows than prompts."""
+    noise(56, 84, 1).save(tmp_path / "a.png")
+    parts = [{"type": "image", "image": str(tmp_path / "a.png")},
+             {"type": "image_url", "image_url": {"url": png_data_uri(noise(61, 45, 2))}},
+             {"type": "image", "image": noise(28, 28, 3)}]
+    question = {"type": "text", "text": "What color is it?"}
+    rows = [{"prompt": [{"role": "system", "content": "Look."}, {"role": "user", "content": "Hi"}]},
+            {"prompt": [{"role": "user", "content": [parts[1], question]}], "info": {"best": "red"}},
+            {"prompt": [{"role": "user", "content": [question, *parts]}], "answer": "blue"}]
+    seen = []
+
+    def length(completion, answer, best="", **info):
+        seen.append((answer, best))
+        return len(completion) % 3
+
+    config = dataclasses.replace(server, output_dir=str(tmp_path), max_steps=2, micro_batch_size=5,
+                                 env_id="", temperature=0.7)
+    with served(config) as trainer:
+        trainer.environment = Environment(train=rows, eval=[], rewards=[length], weights=[0.5])
+        trainer.train()
+    assert all(line["kl"] < 1e-6 for line in metrics(config))
+    assert set(seen) == {("", ""), ("", "red"), ("blue", "")}
+
+
+class Hiccup(http.server.BaseHTTPRequestHandler):
+    """Closes its first connection without a word, as a server does with one that was idle."""
+    calls = 0
+
+    def do_GET(self):
+        Hiccup.calls += 1
+        if Hiccup.calls > 1:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"data": [{"id": "m"}]}')
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_connection_that_the_server_dropped_is_tried_again():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hiccup) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        generator = Generator(Environment(train=[{}], eval=[], rewards=[]),
+                              f"http://127.0.0.1:{web.server_port}", MultimodalRLConfig(), {})
+        web.shutdown()
+    assert generator.request["model"] == "m" and Hiccup.calls == 2
