@@ -29,12 +29,13 @@ class MultimodalAdapter:
         Raises ValueError if processor and server disagree about a prompt.
         """
         prompts: dict[tuple, int] = {}  # distinct ones, by token ids and image objects
+        given = getattr(outputs, "encoded", [None] * len(outputs))
         encoded, index = [], []
         for i, (ids, images) in enumerate(zip(outputs.prompt_ids, outputs.images, strict=True)):
             key = (tuple(ids), *map(id, images))
             if key not in prompts:
                 prompts[key] = len(encoded)
-                encoded.append(outputs.encoded[i] or self.encode(outputs.prompt[i], images))
+                encoded.append(given[i] or self.encode(outputs.prompt[i], images))
                 self.check(encoded[-1]["input_ids"][0].tolist(), ids, outputs.example_id[i])
             index.append(prompts[key])
         for i, ids in enumerate(outputs.completion_ids):

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import sync
 from adapter import MultimodalAdapter
 from rollout import GenerateOutputs, Rollout
 from train import MultimodalGRPOTrainer, MultimodalRLConfig, load_config, start_server
@@ -88,8 +87,7 @@ def server(tmp_path_factory):
     config = load_config(str(ROOT / "config.toml"), [
         f"model={TINY}", f"output_dir={out}", f"vllm_server_port={free_port()}",
         "eval_every_steps=0", "batch_size=32", "rollouts_per_step=4", "micro_batch_size=16"])
-    with start_server(config) as process:
-        sync.wait_until_healthy(config.url, 300, process)
+    with start_server(config):
         yield config
 
 

@@ -1,9 +1,8 @@
 """Prompts out, completions back: environments, and the HTTP calls to the behavior policy.
 
-An Environment is data and judgement: rows of chat prompts with images, and reward functions.
-A Generator sends one chat-completions request per prompt with n=G to the vLLM server, scores what
-comes back and hands the whole step over as GenerateOutputs, one line per completion. The token ids
-and their logprobs are kept exactly as the server sampled them; nothing is tokenised again.
+An Environment is data and judgement: rows of chat prompts with images, and reward functions. A
+Generator sends one chat-completions request per prompt with n=G to vLLM, scores what comes back and
+hands over GenerateOutputs, with token ids and logprobs just as the server sampled them.
 """
 import base64
 import importlib
@@ -15,9 +14,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import requests
 from PIL import Image, ImageOps
+from requests.adapters import HTTPAdapter, Retry
 
 # The sampling distribution must be the softmax that the trainer differentiates. Without these
 # the server applies the model's generation_config.json (top_k=1 in Qwen2-VL's).
@@ -29,10 +30,9 @@ class Environment:
     """What the policy is trained on; `load_environment(**args)` of an env module returns one.
 
     A row is {"prompt": chat messages, "answer": str, "info": dict (optional)}; other keys reach
-    the adapter through `state`. Images are parts {"type": "image", "image": SOURCE} or
-    {"type": "image_url", "image_url": {"url": SOURCE}} of a message; SOURCE as in load_image.
-    Rewards are f(completion, answer, **info) -> float, called from several threads; a completion's
-    reward is their sum, weighted by `weights` (default 1 each).
+    adapters through `state`. Images are message parts {"type": "image", "image": SOURCE} or
+    {"type": "image_url", "image_url": {"url": SOURCE}}, SOURCE as in load_image. A completion's
+    reward is the sum of f(completion, answer, **info), weighted (default 1 each), from any thread.
     """
     train: Sequence[dict]
     eval: Sequence[dict]
@@ -59,27 +59,19 @@ class Rollout:
     encoded: object = None            # what the adapter made of (prompt, images), if it was asked
 
 
-class GenerateOutputs:
+class GenerateOutputs(SimpleNamespace):
     """A step's completions as parallel lists, one for each field of Rollout.
 
     metrics alone is a dict, of one list per reward function. outputs.reward and
-    outputs["reward"] both work. Raises TypeError for a name that Rollout does not have.
+    outputs["reward"] both work.
     """
-
-    def __init__(self, **columns):
-        names = [f.name for f in fields(Rollout)]
-        if unknown := sorted(columns.keys() - set(names)):
-            raise TypeError(f"GenerateOutputs has no {unknown}; it has {names}")
-        empty = dict.fromkeys(names, [None] * len(columns["completion_ids"]))
-        vars(self).update({**empty, "metrics": {}, **columns})
 
     @classmethod
     def from_rollouts(cls, rollouts: list[Rollout]) -> "GenerateOutputs":
         """Transpose; rollouts must not be empty."""
         columns = {f.name: [getattr(r, f.name) for r in rollouts] for f in fields(Rollout)}
-        columns["metrics"] = {name: [r.metrics[name] for r in rollouts]
-                              for name in rollouts[0].metrics}
-        return cls(**columns)
+        names = rollouts[0].metrics
+        return cls(**columns | {"metrics": {n: [r.metrics[n] for r in rollouts] for n in names}})
 
     def __getitem__(self, name: str):
         return vars(self)[name]
@@ -96,13 +88,13 @@ def load_environment(env_id: str, args: dict) -> Environment:
     name = env_id.replace("-", "_").split("/")[-1]
     for module_name in (name, f"envs.{name}"):
         try:
-            module = importlib.import_module(module_name)
+            return importlib.import_module(module_name).load_environment(**args)
         except ModuleNotFoundError as error:
             if error.name not in (module_name, "envs"):
                 raise  # the environment is there; something that it imports is not
-        else:
-            if hasattr(module, "load_environment"):
-                return module.load_environment(**args)
+        except AttributeError as error:
+            if error.name != "load_environment":
+                raise
     raise ValueError(f"environment {env_id!r}: no load_environment() in a module {name!r} on "
                      f"sys.path ({sys.path[0] or '.'}, ...) or in {Path('envs', name + '.py')}")
 
@@ -225,6 +217,10 @@ class Generator:
         """One HTTP call. Raises RuntimeError with what the server answered."""
         if not hasattr(self.local, "session"):
             self.local.session = requests.Session()
+            # a server closes idle connections, perhaps just as we send: then send again. With
+            # the seed in the request the answer is the same
+            self.local.session.mount("http://", HTTPAdapter(max_retries=Retry(
+                5, backoff_factor=0.5, allowed_methods=None)))
         response = self.local.session.request(method, self.url + route, json=body,
                                               timeout=self.config.generation_timeout)
         if response.status_code != 200:

@@ -1,12 +1,11 @@
 """The vLLM process and its weights: start it, wait for it, stop it, send it the trainer's weights.
 
-`python sync.py @ config.toml` runs the server alone, as `vf-vllm` does for verifiers. The weights
-travel by vLLM's own RL API, on GPUs through its NCCL trainer engine; for CPUs, where vLLM has
-none, a small engine over gloo is registered that reuses the rest. These routes let a caller run
-code: the server started here listens on 127.0.0.1 unless [inference.args] host says otherwise.
+`python sync.py @ config.toml` runs the server alone, as `vf-vllm` does for verifiers. Weights travel
+by vLLM's own RL API, on GPUs through its NCCL engine; for CPUs, where vLLM has none, a small engine
+over gloo is registered. These routes let a caller run code: a server started here listens on
+127.0.0.1 unless [inference.args] host says otherwise.
 """
 import contextlib
-import ctypes
 import functools
 import json
 import os
@@ -18,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -27,15 +25,18 @@ import requests
 import torch
 from torch import Tensor
 
+# When the trainer ends, however it ends, its end of the pipe closes: kill the server's whole group.
+GUARD = 'exec 3<&0; (read line <&3; kill -9 0) & exec "$@" </dev/null 3<&-'
 LOCAL_HOSTS = ("0.0.0.0", "127.0.0.1", "localhost")
 
 
 def server_command(model: str, port: int, gpus: int, args: dict) -> list[str]:
-    """The command that starts vLLM's OpenAI server for RL; args are any vLLM flags.
+    """The command that starts vLLM's OpenAI server for RL; args are any vLLM flags, gpus = 0: CPU.
 
-    True becomes --flag, False --no-flag, tables and lists are JSON-encoded. gpus = 0: the CPU.
+    True becomes --flag, False --no-flag, tables and lists are JSON-encoded.
     """
-    defaults = {"host": "127.0.0.1", "logprobs_mode": "processed_logprobs",
+    defaults = {"model": model, "port": port, "host": "127.0.0.1",
+                "logprobs_mode": "processed_logprobs",
                 "weight_transfer_config": {"backend": "nccl" if gpus else "gloo"}}
     if not gpus:
         defaults["worker_extension_cls"] = "sync.GlooWorkerExtension"
@@ -44,8 +45,7 @@ def server_command(model: str, port: int, gpus: int, args: dict) -> list[str]:
     elif gpus > 1 and not {"tensor_parallel_size", "data_parallel_size"} & args.keys():
         defaults["tensor_parallel_size"] = gpus
     # not the `vllm` command: the CPU package's does not work
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server",
-               "--model", model, "--port", str(port)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for key, value in {**defaults, **args}.items():
         flag = key.replace("_", "-")
         if isinstance(value, bool):
@@ -56,43 +56,27 @@ def server_command(model: str, port: int, gpus: int, args: dict) -> list[str]:
     return command
 
 
-class VLLMServer:
+@contextlib.contextmanager
+def run_server(command: list[str], gpus: int, log_path: Path) -> Iterator[subprocess.Popen]:
     """A vLLM server of our own while the context lasts; its output goes to log_path."""
-
-    def __init__(self, command: list[str], url: str, gpus: int, log_path: Path):
-        here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-        env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ,
-               "VLLM_SERVER_DEV_MODE": "1",  # the RL routes
-               "PYTHONPATH": here.strip(os.pathsep)}  # its workers import this module
-        if gpus:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
-        self.url, self.log_path = url, log_path
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(log_path, "w") as log:
-            # a session of its own: Ctrl-C reaches us alone, and we stop the whole group. And
-            # Linux sends it SIGTERM when the trainer dies, however it dies (PR_SET_PDEATHSIG)
-            self.process = subprocess.Popen(
-                command, env=env, stdout=log, stderr=log, start_new_session=True,
-                preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM))
-
-    def __enter__(self) -> "VLLMServer":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.process.terminate()
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ,
+           "VLLM_SERVER_DEV_MODE": "1",  # the RL routes
+           "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}  # sync.py
+    if gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with open(log_path, "w") as log:  # a session of its own: Ctrl-C reaches us alone
+        process = subprocess.Popen(["sh", "-c", GUARD, "sh", *command], env=env, stdout=log,
+                                   stderr=log, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield process
+    finally:
+        process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)
+            process.wait(20)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # what is left of its process group
-        self.process.wait(20)
-
-    def check_alive(self) -> None:
-        """Raises RuntimeError with the errors in its log once the process has ended."""
-        if self.process.poll() is not None:
-            lines = self.log_path.read_text(errors="replace").strip().splitlines()
-            errors = [line.strip() for line in lines if "rror" in line] or lines
-            raise RuntimeError(f"the vLLM server ended with code {self.process.returncode} (log: "
-                               f"{self.log_path}): {' | '.join(errors[-3:])}")
+            os.killpg(process.pid, signal.SIGKILL)  # what is left of its process group
+        process.wait(20)
 
 
 def is_healthy(url: str) -> bool:
@@ -103,21 +87,23 @@ def is_healthy(url: str) -> bool:
         return False
 
 
-def wait_until_healthy(url: str, timeout: float, server: VLLMServer | None = None) -> None:
+def wait_until_healthy(url: str, timeout: float, process: subprocess.Popen | None = None,
+                       log_path: Path | None = None) -> None:
     """Raises TimeoutError naming the URL, or RuntimeError if our own server died meanwhile."""
-    start, waited = time.monotonic(), 0.0
+    start = time.monotonic()
     while not is_healthy(url):
         waited = time.monotonic() - start
-        if server is not None:
-            server.check_alive()
+        if process is not None and process.poll() is not None:
+            lines = log_path.read_text(errors="replace").strip().splitlines()
+            errors = [line.strip() for line in lines if "rror" in line] or lines
+            raise RuntimeError(f"the vLLM server ended with code {process.returncode} (log: "
+                               f"{log_path}): {' | '.join(errors[-3:])}")
         if waited > timeout:
             raise TimeoutError(f"no vLLM server at {url} after {timeout:.0f} s; start one with "
                                "`python sync.py @ CONFIG`, or raise vllm_server_timeout")
         if int(waited) % 5 == 0:
-            print(f"\rwaiting for the vLLM server at {url} ({waited:.0f} s)", end="", flush=True)
+            print(f"waiting for the vLLM server at {url} ({waited:.0f} s)", flush=True)
         time.sleep(1)
-    if waited:
-        print(f"\rthe vLLM server at {url} is up ({waited:.0f} s)" + " " * 10)
 
 
 class CheckpointSource:
@@ -134,8 +120,8 @@ class CheckpointSource:
     def metadata(self) -> list:
         """(name, dtype, shape) of all that iteration yields."""
         from vllm.distributed.weight_transfer import ParamMeta
-        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.stream(
-            lambda p: torch.empty(p.shape, dtype=p.dtype, device="meta"))]
+        empty = self.stream(lambda p: torch.empty(p.shape, dtype=p.dtype, device="meta"))
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in empty]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return self.stream(lambda p: getattr(p, "full_tensor", lambda: p)().detach())
@@ -155,28 +141,25 @@ class CheckpointSource:
 class WeightSync:
     """Sends the trainer's weights to a running vLLM server and checks that they arrived.
 
-    backend: "nccl" (server and trainer on different GPUs) or "gloo" (CPU). Construction
-    rendezvouses with every worker, after shutting down the group that an earlier trainer may
-    have left. Every failure raises: nobody trains on with stale weights.
+    backend: "nccl" (server and trainer on different GPUs) or "gloo" (CPU). Construction meets every
+    worker in a new group, after shutting down the one that an earlier trainer may have left. Every
+    failure raises: nobody trains on with stale weights.
     """
 
     def __init__(self, url: str, source: CheckpointSource, backend: str, timeout: float):
         from vllm.distributed.weight_transfer import (
-            HTTPVLLMWeightSyncClient, WeightTransferTrainerFactory)
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-        self.url, self.timeout = url, timeout
+            HTTPVLLMWeightSyncClient, WeightTransferTrainerFactory, nccl_engine)
+        self.url, self.timeout, server = url, timeout, urlsplit(url)
         self.call("shutdown_weight_transfer_engine")
-        server = urlsplit(url)
         with socket.create_connection((server.hostname, server.port), timeout) as connection:
             address = connection.getsockname()[0]  # ours, as the server can reach it
         with socket.create_server((address, 0)) as probe:
             port = probe.getsockname()[1]
+        info_cls = register_gloo() if backend == "gloo" else nccl_engine.NCCLTrainerInitInfo
         workers = self.call("get_world_size", method="get")["world_size"]
-        info_cls = register_gloo() if backend == "gloo" else NCCLTrainerInitInfo
-        info = info_cls(rank=0, master_address=address, master_port=port,
-                        world_size=workers + 1)
         self.engine = WeightTransferTrainerFactory.trainer_init(
-            info, client=HTTPVLLMWeightSyncClient(url, timeout), source=source)
+            info_cls(rank=0, master_address=address, master_port=port, world_size=workers + 1),
+            client=HTTPVLLMWeightSyncClient(url, timeout), source=source)
 
     def send(self, version: int) -> None:
         """One whole update; the server's weight_version is `version` afterwards.
@@ -192,8 +175,7 @@ class WeightSync:
         self.call("resume")
         served = self.call("weight_info", method="get")["weight_version"]
         if served != str(version):
-            raise RuntimeError(f"{self.url} serves weights of version {served!r} after version "
-                               f"{version} was sent")
+            raise RuntimeError(f"{self.url} serves weights {served!r}, {version} was sent")
 
     def close(self) -> None:
         """Leave the group; the server goes on with the weights that it has."""
@@ -209,10 +191,7 @@ class WeightSync:
 
 @functools.cache
 def register_gloo() -> type:
-    """Register vLLM's NCCL engines as backend "gloo", with the transport replaced.
-
-    Returns the init info class of the trainer's side.
-    """
+    """Register vLLM's NCCL engines as "gloo", with another transport; the trainer's init info."""
     from vllm.distributed.utils import stateless_init_torch_distributed_process_group as join
     from vllm.distributed.weight_transfer import (
         WeightTransferEngineFactory, WeightTransferTrainerFactory, nccl_engine)
@@ -248,12 +227,11 @@ def register_gloo() -> type:
     class GlooTrainerEngine(nccl_engine.NCCLTrainerWeightTransferEngine):
         @classmethod
         def trainer_init(cls, init_info, *, client, source=None):
-            engine = cls(client=client, source=source, is_sender=True)
-            worker = nccl_engine.NCCLWeightTransferInitInfo(
-                master_address=init_info.master_address, master_port=init_info.master_port,
-                rank_offset=1, world_size=init_info.world_size)
+            engine, meet = cls(client=client, source=source), {
+                "master_address": init_info.master_address, "master_port": init_info.master_port,
+                "rank_offset": 1, "world_size": init_info.world_size}
             with ThreadPoolExecutor(1) as pool:  # both sides must rendezvous together
-                joined = pool.submit(client.init_weight_transfer_engine, asdict(worker))
+                joined = pool.submit(client.init_weight_transfer_engine, meet)
                 engine.model_update_group = GlooGroup(init_info, 0)
                 joined.result()
             return engine
@@ -278,10 +256,9 @@ def __getattr__(name: str):
 if __name__ == "__main__":
     from train import command_line, start_server
     try:
-        config = command_line(sys.argv[1:], "sync.py")
+        config = command_line("sync.py")
         with start_server(config) as server:
-            wait_until_healthy(server.url, config.vllm_server_timeout, server)
-            print(f"serving {config.model}; log: {server.log_path}; Ctrl-C stops it", flush=True)
-            sys.exit(server.process.wait())
+            print(f"serving {config.model} at {config.url}; Ctrl-C stops it", flush=True)
+            sys.exit(server.wait())
     except KeyboardInterrupt:
         sys.exit(130)

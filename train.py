@@ -1,14 +1,15 @@
-"""GRPO on a vision-language model, in one command: `python train.py @ config.toml [key=value ...]`.
+"""GRPO on a vision-language model: `python train.py @ config.toml [key=value ...]`.
 
-The loop is three calls: roll out the step's prompts on the vLLM server (rollout.py), take one
-optimizer step on what came back (update), send the new weights to the server (sync.py). This
-file owns the config, the policy's forward pass, the trainer and the command line.
+Each step is three calls: roll out the prompts on the vLLM server (rollout.py), update the policy on
+what came back, send the new weights to the server (sync.py). This file owns the config, the policy's
+forward pass, the trainer and the command line.
 """
 import collections
 import contextlib
 import difflib
 import json
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ class MultimodalRLConfig:
             if not isinstance(value, kind) or (isinstance(value, bool) and f.type in (int, float)):
                 name = getattr(f.type, "__name__", f.type)
                 raise ValueError(f"{f.name} must be of type {name}, not {value!r}")
-            if "positive" in f.metadata and value <= 0:
+            if f.metadata and value <= 0:
                 raise ValueError(f"{f.name} must be above 0, not {value}")
         if self.batch_size % self.rollouts_per_step or self.group_size < 2:
             raise ValueError(f"batch_size {self.batch_size} must be rollouts_per_step "
@@ -99,8 +100,8 @@ class MultimodalRLConfig:
     @property
     def url(self) -> str:
         """Where the trainer finds the server; 0.0.0.0 is no place to connect to."""
-        host = "127.0.0.1" if self.vllm_server_host == "0.0.0.0" else self.vllm_server_host
-        return f"http://{host}:{self.vllm_server_port}"
+        return (f"http://{self.vllm_server_host}:{self.vllm_server_port}"
+                .replace("//0.0.0.0:", "//127.0.0.1:"))
 
 
 TABLES = {"env": ["id", "args"], "inference": ["gpus", "args"], "trainer": ["gpus", "args"]}
@@ -117,8 +118,8 @@ def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
         raw = tomli.loads(Path(path).read_text())
         for override in overrides:
             apply_override(raw, override)
-        flat = {"model": raw.get("model", "")}
         check_keys(raw, ["model", *TABLES], "the file")
+        flat = {"model": raw["model"]} if "model" in raw else {}
         for name, valid in TABLES.items():
             check_keys(raw.get(name, {}), valid, f"[{name}]")
             flat |= {f"{name}_{key}": value for key, value in raw.get(name, {}).items()}
@@ -133,7 +134,7 @@ def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
 
 
 def check_keys(table, valid: list[str], where: str) -> None:
-    """Raises ValueError naming the first unknown key and the nearest valid one."""
+    """Raises ValueError naming an unknown key and the nearest valid one."""
     if not isinstance(table, dict):
         raise ValueError(f"{where} must be a table, not {table!r}")
     for key in table.keys() - set(valid):
@@ -236,18 +237,16 @@ class MultimodalGRPOTrainer:
     """Trains `model` on an environment by GRPO against a vLLM server.
 
     model: a Hugging Face image-text-to-text model, on the device where it shall be trained;
-    tokenizer: saved with the checkpoints (the adapter's processor is, where it has one);
-    adapter: a MultimodalAdapter. Construction contacts no server; train() needs one.
+    tokenizer: saved with checkpoints, unless the adapter has a processor; adapter: a
+    MultimodalAdapter. Construction contacts no server; train() needs one.
     """
 
     def __init__(self, model, tokenizer, adapter: MultimodalAdapter, config: MultimodalRLConfig):
         self.model, self.tokenizer, self.adapter, self.config = model, tokenizer, adapter, config
         self.device = next(model.parameters()).device
         self.fp32 = self.device.type == "cpu" and model.dtype == torch.float32
-        self.environment = (load_environment(config.env_id, config.env_args)
-                            if config.env_id else None)
-        self.run_dir = Path(config.output_dir, config.run_name)
-        self.step = 0
+        self.environment = config.env_id and load_environment(config.env_id, config.env_args)
+        self.run_dir, self.step = Path(config.output_dir, config.run_name), 0
         self.banned = vision_token_ids(model.config)
         self.policy = Policy(model, config.temperature, self.banned)
         # dropout would make the trainer another policy than the one that sampled; but
@@ -258,11 +257,11 @@ class MultimodalGRPOTrainer:
         self.can_share = False if config.gradient_checkpointing else config.share_prompt
         if config.freeze_vision:
             model.requires_grad_(False)
-            model.get_decoder().requires_grad_(True)
-            model.get_output_embeddings().requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], lr=config.learning_rate,
-            weight_decay=config.weight_decay)
+            for part in (model.get_decoder(), model.get_output_embeddings()):
+                part.requires_grad_(True)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, config.learning_rate,
+                                           weight_decay=config.weight_decay)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1.0, (step + 1) / max(1, config.warmup_steps)))
 
@@ -376,6 +375,8 @@ class MultimodalGRPOTrainer:
         The gradient would be wrong, without any error, if a model's cache were detached.
         """
         trained = batch.loss_mask.bool().any(1)
+        if not trained.any():
+            return False
         rows = trained & (batch.prompt_index == batch.prompt_index[trained].mode()[0])
         micro, found = batch.select(rows.nonzero()[:3, 0]).to(self.device), []
         try:
@@ -400,8 +401,9 @@ class MultimodalGRPOTrainer:
     def connect(self) -> tuple[Generator, sync.WeightSync | None]:
         """Wait for the server; send it our weights, whatever it served before."""
         config, on_gpu = self.config, self.device.type == "cuda"
-        if self.environment is None:
-            raise ValueError("env_id is not set: there is nothing to train on")
+        if not self.environment or (config.eval_every_steps and not len(self.environment.eval)):
+            raise ValueError("there is no environment, or no held-out split to evaluate on: check "
+                             "env_id and eval_every_steps")
         sync.wait_until_healthy(config.url, config.vllm_server_timeout)
         generator = Generator(self.environment, config.url, config, {i: -100 for i in self.banned},
                               self.adapter.encode if self.adapter.processor else None)
@@ -454,9 +456,8 @@ class MultimodalGRPOTrainer:
 
     def save(self) -> None:
         """Write run_dir/checkpoint-STEP, which from_pretrained and vLLM both load."""
-        folder = self.run_dir / f"checkpoint-{self.step}"
-        self.model.save_pretrained(folder)
-        (self.adapter.processor or self.tokenizer).save_pretrained(folder)
+        for part in (self.model, self.adapter.processor or self.tokenizer):
+            part.save_pretrained(self.run_dir / f"checkpoint-{self.step}")
 
 
 def rollout_metrics(batch: MultimodalBatch, outputs: GenerateOutputs) -> dict[str, float]:
@@ -472,59 +473,50 @@ def rollout_metrics(batch: MultimodalBatch, outputs: GenerateOutputs) -> dict[st
             **{f"reward/{name}": sum(v) / len(v) for name, v in outputs.metrics.items()}}
 
 
-def command_line(argv: list[str], program: str) -> MultimodalRLConfig:
-    """["@", "config.toml", "key=value", ...]; exit code 2 and one line for a mistake."""
-    words = [word for word in (argv[0].removeprefix("@"), *argv[1:]) if word] if argv else []
+def command_line(program: str) -> MultimodalRLConfig:
+    """sys.argv: "@ config.toml key=value ..."; exit code 2 and one line for a mistake."""
+    words = " ".join(sys.argv[1:2]).removeprefix("@").split() + sys.argv[2:]
     try:
-        if not words or not argv[0].startswith("@"):
+        if not words or not sys.argv[1].startswith("@"):
             raise ValueError(f"usage: python {program} @ config.toml [key=value ...]")
         config = load_config(words[0], words[1:])
         load_environment(config.env_id, config.env_args)
-        return config
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: our server is stopped
+    return config
 
 
-def start_server(config: MultimodalRLConfig) -> sync.VLLMServer:
-    """vLLM on the first inference_gpus GPUs, or on the CPU where there are none."""
+@contextlib.contextmanager
+def start_server(config: MultimodalRLConfig) -> Iterator[subprocess.Popen]:
+    """vLLM on the first inference_gpus GPUs, or on the CPU where there are none; waits for it."""
     gpus = config.inference_gpus if torch.cuda.is_available() else 0
     command = sync.server_command(config.model, config.vllm_server_port, gpus,
                                   config.inference_args)
-    return sync.VLLMServer(command, config.url, gpus,
-                           Path(config.output_dir, config.run_name, "vllm.log"))
-
-
-def build_trainer(config: MultimodalRLConfig) -> MultimodalGRPOTrainer:
-    """Model, processor and trainer from a config, on the first GPU after the server's."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    device = f"cuda:{config.inference_gpus}" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(config.seed)
-    model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(config.model)
-    return MultimodalGRPOTrainer(model.to(device), processor.tokenizer,
-                                 MultimodalAdapter(processor), config)
+    log_path = Path(config.output_dir, config.run_name, "vllm.log")
+    with sync.run_server(command, gpus, log_path) as process:
+        sync.wait_until_healthy(config.url, config.vllm_server_timeout, process, log_path)
+        yield process
 
 
 @contextlib.contextmanager
 def served(config: MultimodalRLConfig) -> Iterator[MultimodalGRPOTrainer]:
-    """A trainer whose server is up: the one found there, else our own, if the host is local.
-
-    A server of our own is stopped at the end, on errors, on Ctrl-C and on SIGTERM.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with contextlib.ExitStack() as stack:
-        own = None
-        if config.vllm_server_host in sync.LOCAL_HOSTS and not sync.is_healthy(config.url):
-            own = stack.enter_context(start_server(config))
-        trainer = build_trainer(config)  # while the server starts
-        sync.wait_until_healthy(config.url, config.vllm_server_timeout, own)
-        yield trainer
+    """A trainer with its server: the one that is up, else our own, if the host is this machine."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    local = config.vllm_server_host in sync.LOCAL_HOSTS
+    own = local and not sync.is_healthy(config.url)
+    with start_server(config) if own else contextlib.nullcontext():
+        model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(config.model)
+        if torch.cuda.is_available():  # on the first GPU that is not the server's
+            model.to(f"cuda:{config.inference_gpus if local else 0}")
+        yield MultimodalGRPOTrainer(model, processor.tokenizer, MultimodalAdapter(processor), config)
 
 
 if __name__ == "__main__":
     try:
-        with served(command_line(sys.argv[1:], "train.py")) as trainer:
+        with served(command_line("train.py")) as trainer:
             trainer.train()
     except KeyboardInterrupt:
         sys.exit(130)

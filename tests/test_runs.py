@@ -15,7 +15,7 @@ import pytest
 import sync
 from conftest import ROOT, TINY, free_port, noise
 from rollout import Environment, Generator, png_data_uri
-from train import MultimodalRLConfig, build_trainer, served, start_server
+from train import MultimodalRLConfig, served
 
 
 def metrics(config) -> list[dict]:
@@ -50,6 +50,7 @@ def test_the_server_that_train_started_ends_with_it(tmp_path, kill, code):
     time.sleep(12)  # in the middle of its start, with workers of its own
     os.kill(run.pid, kill)
     assert run.wait(60) == code
+    deadline = time.monotonic() + 20
     while processes_with(f"--port {port}"):
         assert time.monotonic() < deadline
         time.sleep(0.5)
@@ -84,9 +85,7 @@ def test_the_final_checkpoint_scores_the_same_on_a_new_server(server, tmp_path):
     score = [line["eval/accuracy"] for line in metrics(config) if "eval/accuracy" in line][-1]
     config = dataclasses.replace(config, model=str(tmp_path / "colors" / "checkpoint-2"),
                                  vllm_server_port=free_port(), sync_to_vllm_every=0)
-    with start_server(config) as process:
-        sync.wait_until_healthy(config.url, 300, process)
-        trainer = build_trainer(config)
+    with served(config) as trainer:
         generator, _ = trainer.connect()
         outputs = generator.evaluate()
     assert sum(outputs.reward) / len(outputs) == pytest.approx(score, abs=1 / 200)
