@@ -15,10 +15,8 @@ from rollout import GenerateOutputs
 
 
 class MultimodalAdapter:
-    """The built-in adapter; subclass it and write build_batch for a model that it does not fit.
-
-    processor: of AutoProcessor.from_pretrained; a subclass with its own build_batch needs none.
-    """
+    """The built-in adapter, given AutoProcessor's processor; or subclass it: write build_batch."""
+    processor = None
 
     def __init__(self, processor=None):
         self.processor = processor
@@ -28,9 +26,8 @@ class MultimodalAdapter:
 
         Raises ValueError if processor and server disagree about a prompt.
         """
-        prompts: dict[tuple, int] = {}  # distinct ones, by token ids and image objects
         given = getattr(outputs, "encoded", [None] * len(outputs))
-        encoded, index = [], []
+        prompts, encoded, index = {}, [], []  # distinct prompts, by token ids and image objects
         for i, (ids, images) in enumerate(zip(outputs.prompt_ids, outputs.images, strict=True)):
             key = (tuple(ids), *map(id, images))
             if key not in prompts:
@@ -38,34 +35,32 @@ class MultimodalAdapter:
                 encoded.append(given[i] or self.encode(outputs.prompt[i], images))
                 self.check(encoded[-1]["input_ids"][0].tolist(), ids, outputs.example_id[i])
             index.append(prompts[key])
-        for i, ids in enumerate(outputs.completion_ids):
-            if len(ids) != len(outputs.completion_logprobs[i]):
-                raise ValueError(f"completion {outputs.completion[i][:60]!r}: {len(ids)} tokens, "
-                                 f"but {len(outputs.completion_logprobs[i])} logprobs")
+        pairs = list(zip(outputs.completion_ids, outputs.completion_logprobs, strict=True))
+        if any(len(ids) != len(logprobs) for ids, logprobs in pairs):
+            raise ValueError("the server must return one logprob for each token of a completion")
         width = max(len(p) + len(c) for p, c in zip(outputs.prompt_ids, outputs.completion_ids))
 
-        def rows(prompt_value, completions, dtype=torch.long) -> Tensor:
-            pairs = zip(outputs.prompt_ids, completions, strict=True)
-            lists = [(p if prompt_value is None else [prompt_value] * len(p)) + c for p, c in pairs]
+        def rows(prompt, completions, dtype=torch.long) -> Tensor:
+            """(B, width): of each row the prompt part, the completion part, and zeros."""
+            lists = [p + c for p, c in zip(prompt, completions, strict=True)]
             return torch.tensor([row + [0] * (width - len(row)) for row in lists], dtype=dtype)
 
-        ones = [[1] * len(c) for c in outputs.completion_ids]
+        zeros, ones = ([[bit] * len(p) for p in outputs.prompt_ids] for bit in (0, 1))
+        sampled = [[1] * len(c) for c in outputs.completion_ids]
         tokens, images, image_rows = collate(encoded, index, width)
         return MultimodalBatch(
-            input_ids=rows(None, outputs.completion_ids), attention_mask=rows(1, ones),
-            loss_mask=rows(0, ones), rewards=torch.tensor(outputs.reward, dtype=torch.float32),
-            behavior_logprobs=rows(0.0, outputs.completion_logprobs, torch.float32),
-            pixel_values=images.pop("pixel_values", None), extra_model_kwargs={**tokens, **images},
+            input_ids=rows(outputs.prompt_ids, outputs.completion_ids),
+            attention_mask=rows(ones, sampled), loss_mask=rows(zeros, sampled),
+            behavior_logprobs=rows(zeros, outputs.completion_logprobs, torch.float32),
+            rewards=torch.tensor(outputs.reward, dtype=torch.float32),
+            pixel_values=images.pop("pixel_values", None), extra_model_kwargs=tokens | images,
             prompt_index=torch.tensor(index), image_rows=image_rows)
 
     def encode(self, prompt: list[dict], images: list) -> dict[str, Tensor]:
-        """What the processor makes of one prompt: its ids, pixels and whatever else it returns.
+        """All that the processor makes of one prompt with these PIL images.
 
-        images: the prompt's PIL images in order. The flat list and add_special_tokens=False
-        matter: some processors misread nested lists or add a second BOS.
+        The flat list and add_special_tokens=False matter: else some add a BOS or misread images.
         """
-        if self.processor is None:
-            raise ValueError("MultimodalAdapter() has no processor; pass one or write build_batch")
         messages = [{**m, "content": m["content"] if isinstance(m["content"], str) else [
             {"type": "image"} if part["type"] in ("image", "image_url") else part
             for part in m["content"]]} for m in prompt]
@@ -76,41 +71,36 @@ class MultimodalAdapter:
 
     def check(self, ours: list[int], served: list[int], example_id: int) -> None:
         """Raises ValueError showing where the processor's prompt and the server's part."""
-        if ours == served:
-            return
-        at = next((i for i, (a, b) in enumerate(zip(ours, served)) if a != b),
-                  min(len(ours), len(served)))
-        show = " and ".join(f"{name} ({len(ids)} tokens) {ids[max(0, at - 5):at + 5]} = "
-                            f"{self.processor.tokenizer.decode(ids[max(0, at - 5):at + 5])!r}"
-                            for name, ids in (("processor", ours), ("server", served)))
-        raise ValueError(
-            f"example {example_id}: from token {at} on, {show} differ. Usual causes: other pixel "
-            "limits on the server (mm_processor_kwargs), another chat template or tokenizer, or a "
-            "prompt that the server truncated")
+        if ours != served:
+            parts = [i for i, (a, b) in enumerate(zip(ours, served)) if a != b]
+            at = min([*parts, len(ours), len(served)])
+            show = " and ".join(f"{name} ({len(ids)} tokens) {ids[max(0, at - 5):at + 5]} = "
+                                f"{self.processor.tokenizer.decode(ids[max(0, at - 5):at + 5])!r}"
+                                for name, ids in (("processor", ours), ("server", served)))
+            raise ValueError(
+                f"example {example_id}: from token {at} on, {show} differ. Usual causes: other "
+                "pixel limits on the server (mm_processor_kwargs), another chat template or "
+                "tokenizer, or a prompt that the server truncated")
 
 
 def collate(encoded: list[dict], index: list[int], width: int) -> tuple[dict, dict, dict]:
     """The processor's tensors of all prompts -> (token-level, image tensors, image_rows).
 
-    Token-level tensors, (1, prompt length) each, become (B, width) with 0 over completions. All
-    others are concatenated along dim 0, their other dims zero-padded to the largest.
+    Token-level ones, (1, prompt length), become (B, width) with 0 over completions; all others are
+    concatenated along dim 0, their other dims zero-padded to the largest.
     """
     tokens, images, image_rows = {}, {}, {}
-    for key in dict.fromkeys(key for e in encoded for key in e):
+    for key in sorted({key for e in encoded for key in e} - {"input_ids", "attention_mask"}):
         pieces = [e.get(key) for e in encoded]
         present = [p for p in pieces if p is not None]
-        if key in ("input_ids", "attention_mask"):
-            continue
         if all(p is None or p.shape == e["input_ids"].shape for p, e in zip(pieces, encoded)):
-            tokens[key] = present[0].new_zeros(len(index), width)
-            for row, p in zip(tokens[key], index):
-                if pieces[p] is not None:
-                    row[:pieces[p].shape[1]] = pieces[p][0]
+            none = present[0].new_zeros(1, width)
+            tokens[key] = torch.cat([none if p is None else pad(p, (0, width - p.shape[1]))
+                                     for p in pieces])[index]
             continue
         sizes = [max(s) for s in zip(*(p.shape[:0:-1] for p in present), strict=True)]
-        missing = [[n for size, have in zip(sizes, p.shape[:0:-1]) for n in (0, size - have)]
-                   for p in present]
-        images[key] = torch.cat([pad(p, n) for p, n in zip(present, missing)])
+        images[key] = torch.cat([pad(p, [n for size, have in zip(sizes, p.shape[:0:-1])
+                                         for n in (0, size - have)]) for p in present])
         if images[key].is_floating_point():
             images[key] = images[key].float()  # one family's processor emits bfloat16
         image_rows[key] = [0 if p is None else len(p) for p in pieces]

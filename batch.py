@@ -1,17 +1,17 @@
 """The tensors of one optimizer step, and their micro-batches.
 
 B completions in the step, L padded length, G completions per prompt, V vocabulary.
-Row b is one completion behind its prompt: [prompt | completion | padding]. Position t of every
-(B, L) tensor speaks of token t of input_ids: logprobs[:, t] scores input_ids[:, t], so column 0
-is 0 and masked. Where the rows came from (HTTP, images, files) is not known here.
+Row b is [prompt | completion | padding]. Position t of every (B, L) tensor speaks of token t of
+input_ids: logprobs[:, t] scores input_ids[:, t], so column 0 is 0 and masked.
 """
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 PER_TOKEN = ("attention_mask", "loss_mask", "behavior_logprobs")
+PER_ROW = ("rewards", "prompt_index", "advantages")
 
 
 @dataclass
@@ -19,10 +19,9 @@ class MultimodalBatch:
     """One row per completion; images once per prompt. Raises ValueError naming a wrong tensor.
 
     pixel_values and extra_model_kwargs go to the model as they are. Those of shape (B, L) are
-    token-level and cut like input_ids. All others hold images along dim 0, prompt after prompt:
-    image_rows[key][p] entries belong to prompt p, and row b shows those of prompt_index[b].
-    Rows of one prompt share its forward. An adapter may leave out both fields if every row
-    brings its own images and one entry (or, for patches, one grid) each.
+    token-level and cut like input_ids. All others hold images along dim 0: image_rows[key][p]
+    entries belong to prompt p, and row b shows those of prompt_index[b]. Both may be left out if
+    every row brings its own images, one entry (for patches, one grid) each.
     """
     input_ids: Tensor                      # (B, L) int64
     attention_mask: Tensor                 # (B, L) 1 = a token, 0 = padding, which is at the end
@@ -39,13 +38,12 @@ class MultimodalBatch:
         shape = tuple(self.input_ids.shape)
         if self.prompt_index is None:
             self.prompt_index = torch.arange(shape[0])
-        expected = dict.fromkeys(PER_TOKEN, ("(B, L)", shape)) | dict.fromkeys(
-            ("rewards", "prompt_index", "advantages"), ("(B,)", shape[:1]))
-        for name, (symbols, wanted) in expected.items():
-            given = getattr(self, name)
-            if given is not None and tuple(given.shape) != wanted:
-                raise ValueError(f"{name} is {tuple(given.shape)}, but must be {symbols} = {wanted}"
-                                 " like input_ids; column t speaks of token t, column 0 is masked")
+        for names, symbols, wanted in ((PER_TOKEN, "(B, L)", shape), (PER_ROW, "(B,)", shape[:1])):
+            for name in names:
+                given = getattr(self, name)
+                if given is not None and tuple(given.shape) != wanted:
+                    raise ValueError(f"{name} is {tuple(given.shape)}, but must be {symbols} = "
+                                     f"{wanted} as input_ids: column t speaks of token t")
         if self.loss_mask[:, :1].any():
             raise ValueError("loss_mask: column 0 must be 0, nothing comes before the first token")
         grid = self.extra_model_kwargs.get("image_grid_thw")
@@ -93,8 +91,7 @@ class MultimodalBatch:
         """
         bad = torch.isin(self.input_ids, torch.tensor(token_ids)) & self.loss_mask.bool()
         kept = bad.cumsum(1) == 0
-        return replace(self, input_ids=self.input_ids * kept,
-                       **{name: getattr(self, name) * kept for name in PER_TOKEN})
+        return replace(self, **{k: getattr(self, k) * kept for k in ("input_ids", *PER_TOKEN)})
 
     def select(self, rows: Tensor) -> "MultimodalBatch":
         """The given rows, trimmed to their longest, with the images of their prompts alone."""
@@ -112,8 +109,8 @@ class MultimodalBatch:
     def micro_batches(self, size: int) -> Iterator["MultimodalBatch"]:
         """At most `size` completions each, prompt by prompt, of similar length.
 
-        Rows without a token in the loss or with an advantage of 0 have no gradient and are left
-        out; but for a few if there are no others, so that the metrics stay alive.
+        Rows without gradient (no token in the loss, advantage 0) are left out; but for a few if
+        there are no others, so that the metrics stay alive.
         """
         lengths = self.lengths()
         longest = lengths.new_zeros(len(self)).scatter_reduce(0, self.prompt_index, lengths, "amax")
@@ -127,10 +124,11 @@ class MultimodalBatch:
 
     def to(self, device) -> "MultimodalBatch":
         """The batch with every tensor on the device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved |= {k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)}
-        extra = {k: v.to(device) for k, v in self.extra_model_kwargs.items()}
-        return MultimodalBatch(**{**moved, "extra_model_kwargs": extra})
+        def move(fields: dict) -> dict:
+            return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in fields.items()}
+
+        return replace(self, **move(vars(self) | {
+            "extra_model_kwargs": move(self.extra_model_kwargs)}))
 
     def sharing_pays(self, hidden_size: int) -> bool:
         """Whether forwarding each prompt once is less work than every row with its own.
@@ -139,13 +137,12 @@ class MultimodalBatch:
         of tokens in attention 4 H; an image patch counts as a token.
         """
         b, p, width = len(self), int(self.prompt_index.max()) + 1, self.input_ids.shape[1]
-        prompt = int(self.prompt_lengths().max())
-        rest = int((self.lengths() - self.prompt_lengths()).max())
-        patches, per_pair = self.image_rows.get("pixel_values", [0] * p), 1 / (6 * hidden_size)
-        plain = b * width * (1 + width * per_pair) + sum(
-            patches[i] for i in self.prompt_index.tolist())
-        shared = p * prompt * (1 + prompt * per_pair) + sum(patches)
-        return shared + b * rest * (1 + (prompt + rest) * per_pair) < 0.9 * plain
+        lengths, pair = self.prompt_lengths(), 1 / (6 * hidden_size)
+        prompt, rest = int(lengths.max()), int((self.lengths() - lengths).max())
+        patches = torch.tensor(self.image_rows.get("pixel_values", [0] * p))
+        plain = b * width * (1 + width * pair) + patches[self.prompt_index].sum()
+        shared = p * prompt * (1 + prompt * pair) + patches.sum()
+        return bool(shared + b * rest * (1 + (prompt + rest) * pair) < 0.9 * plain)
 
     def fork(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """The rows cut where the prompt ends: (prompts, completions, what is trained).

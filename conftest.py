@@ -22,7 +22,8 @@ def free_port() -> int:
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(3 * width * height))
+    pixels = random.Random(seed).randbytes(3 * width * height)
+    return Image.frombytes("RGB", (width, height), pixels)
 
 
 def canned(trainer, groups, seed=0) -> GenerateOutputs:

@@ -3,9 +3,9 @@
 Departures, and why. Advantages are not divided by the group's standard deviation unless asked for:
 that weighs prompts by how alike their rewards are (Dr. GRPO, arXiv 2503.20783). The loss is a mean
 over the tokens of the step, not per completion, which would favour long wrong answers (DAPO, arXiv
-2503.14476, as the two clip bounds). The ratio is taken against the logprobs recorded while sampling;
-a token whose ratio leaves [mask_ratio_low, mask_ratio_high] is left out, for there the two policies
-differ by more than a correction can mend. There is no reference model and no KL penalty.
+2503.14476, as the two clip bounds). The ratio is taken against the logprobs recorded in sampling;
+a token whose ratio leaves the mask bounds is left out, for there the two policies differ by more
+than a correction can mend. There is no reference model and no KL penalty.
 """
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ MAX_LOG_RATIO = 20.0  # exp(20) is outside of any mask; far beyond it fp32 overf
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, divide_by_std: bool = False) -> Tensor:
-    """A_i = r_i - mean of the rewards of i's group, optionally over their std. All (B,).
+    """A_i = r_i - mean(r of the group), optionally over its std; (B,), equal groups[i] are a group.
 
-    Equal groups[i] are one group. A group of equal rewards gives 0 exactly, in spite of rounding.
+    Equal rewards give 0 exactly, in spite of rounding.
     """
     advantages = torch.zeros_like(rewards)
     for group in groups.unique():

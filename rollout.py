@@ -81,10 +81,7 @@ class GenerateOutputs(SimpleNamespace):
 
 
 def load_environment(env_id: str, args: dict) -> Environment:
-    """Import env_id ("my-env" -> module my_env, else envs/my_env.py) and call its loader.
-
-    Raises ValueError naming every place that was looked at.
-    """
+    """Call my_env.load_environment(**args), or envs.my_env's; ValueError says where it looked."""
     name = env_id.replace("-", "_").split("/")[-1]
     for module_name in (name, f"envs.{name}"):
         try:
@@ -100,18 +97,14 @@ def load_environment(env_id: str, args: dict) -> Environment:
 
 
 def load_image(source, timeout: float = 20) -> Image.Image:
-    """RGB pixels from a PIL image, path, http(s) URL, data URI, bytes or {"bytes", "path"}.
-
-    Raises ValueError when the source cannot be read as an image; there is no stand-in.
-    """
+    """RGB pixels of a PIL image, path, URL, data URI, bytes or {"bytes", "path"}; or ValueError."""
     try:
         if isinstance(source, dict):  # Hugging Face datasets, undecoded
             source = source.get("bytes") or source.get("path")
         if isinstance(source, str) and source.startswith("data:"):
             source = base64.b64decode(source.split(",", 1)[1])
         elif isinstance(source, str) and source.startswith(("http://", "https://")):
-            response = requests.get(source, timeout=timeout)
-            response.raise_for_status()
+            (response := requests.get(source, timeout=timeout)).raise_for_status()
             source = response.content
         source = io.BytesIO(source) if isinstance(source, bytes) else source
         image = source if isinstance(source, Image.Image) else Image.open(source)
@@ -126,8 +119,7 @@ def load_image(source, timeout: float = 20) -> Image.Image:
 
 def png_data_uri(image: Image.Image) -> str:
     """Lossless, so that server and trainer see the same pixels."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
+    image.save(buffer := io.BytesIO(), "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -147,11 +139,10 @@ def render_prompt(prompt: list[dict]) -> tuple[list[dict], list[Image.Image]]:
 
 
 class Generator:
-    """Rolls out an environment's prompts on a vLLM OpenAI server.
+    """Rolls out an environment's prompts on a vLLM OpenAI server, one request per prompt.
 
-    config: temperature, max_tokens, seed, generation_timeout (s), and max_concurrent, the requests
-    (one per prompt, n completions each) in flight. logit_bias keeps vision tokens from being
-    sampled. encode(prompt, images) is called once per prompt, while others are still sampled.
+    config says how (MultimodalRLConfig); logit_bias keeps vision tokens from being sampled;
+    encode(prompt, images) is called once per prompt, while others are still being sampled.
     """
 
     def __init__(self, environment: Environment, url: str, config, logit_bias: dict[int, float],
@@ -168,10 +159,7 @@ class Generator:
                         "logprobs": True, "return_token_ids": True, **FULL_SOFTMAX}
 
     def train_step(self, step: int, num_prompts: int, group_size: int) -> GenerateOutputs:
-        """The step's prompts, each sampled group_size times: a function of (seed, step) alone.
-
-        Prompts advance through the shuffled train split, epoch after epoch.
-        """
+        """The step's prompts, group_size times each: they advance through shuffled epochs."""
         rows, jobs = self.environment.train, []
         for position in range(step * num_prompts, (step + 1) * num_prompts):
             epoch, offset = divmod(position, len(rows))
@@ -217,13 +205,11 @@ class Generator:
         """One HTTP call. Raises RuntimeError with what the server answered."""
         if not hasattr(self.local, "session"):
             self.local.session = requests.Session()
-            # a server closes idle connections, perhaps just as we send: then send again. With
-            # the seed in the request the answer is the same
-            self.local.session.mount("http://", HTTPAdapter(max_retries=Retry(
-                5, backoff_factor=0.5, allowed_methods=None)))
+            # a server closes idle connections, perhaps just as we send; the seed makes it safe
+            retry = Retry(5, backoff_factor=0.5, allowed_methods=None)
+            self.local.session.mount("http://", HTTPAdapter(max_retries=retry))
         response = self.local.session.request(method, self.url + route, json=body,
                                               timeout=self.config.generation_timeout)
-        if response.status_code != 200:
-            raise RuntimeError(f"{self.url}{route} answered {response.status_code}: "
-                               f"{response.text[:500]}")
+        if not response.ok:
+            raise RuntimeError(f"{response.url}: {response.status_code} {response.text[:500]}")
         return response.json()

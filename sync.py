@@ -1,6 +1,6 @@
 """The vLLM process and its weights: start it, wait for it, stop it, send it the trainer's weights.
 
-`python sync.py @ config.toml` runs the server alone, as `vf-vllm` does for verifiers. Weights travel
+`python sync.py @ config.toml` runs the server alone, as vf-vllm does for verifiers. Weights travel
 by vLLM's own RL API, on GPUs through its NCCL engine; for CPUs, where vLLM has none, a small engine
 over gloo is registered. These routes let a caller run code: a server started here listens on
 127.0.0.1 unless [inference.args] host says otherwise.
@@ -31,10 +31,7 @@ LOCAL_HOSTS = ("0.0.0.0", "127.0.0.1", "localhost")
 
 
 def server_command(model: str, port: int, gpus: int, args: dict) -> list[str]:
-    """The command that starts vLLM's OpenAI server for RL; args are any vLLM flags, gpus = 0: CPU.
-
-    True becomes --flag, False --no-flag, tables and lists are JSON-encoded.
-    """
+    """vLLM's OpenAI server for RL, gpus = 0: on the CPU. args: any flags, JSON-encoded or --no-."""
     defaults = {"model": model, "port": port, "host": "127.0.0.1",
                 "logprobs_mode": "processed_logprobs",
                 "weight_transfer_config": {"backend": "nccl" if gpus else "gloo"}}
@@ -95,12 +92,11 @@ def wait_until_healthy(url: str, timeout: float, process: subprocess.Popen | Non
         waited = time.monotonic() - start
         if process is not None and process.poll() is not None:
             lines = log_path.read_text(errors="replace").strip().splitlines()
-            errors = [line.strip() for line in lines if "rror" in line] or lines
-            raise RuntimeError(f"the vLLM server ended with code {process.returncode} (log: "
-                               f"{log_path}): {' | '.join(errors[-3:])}")
+            errors = " | ".join(([line for line in lines if "rror" in line] or lines)[-3:])
+            raise RuntimeError(f"vLLM ended with code {process.returncode} ({log_path}): {errors}")
         if waited > timeout:
-            raise TimeoutError(f"no vLLM server at {url} after {timeout:.0f} s; start one with "
-                               "`python sync.py @ CONFIG`, or raise vllm_server_timeout")
+            raise TimeoutError(f"no vLLM server at {url} in vllm_server_timeout = {timeout:.0f} s; "
+                               "start one with `python sync.py @ CONFIG`")
         if int(waited) % 5 == 0:
             print(f"waiting for the vLLM server at {url} ({waited:.0f} s)", flush=True)
         time.sleep(1)
@@ -109,9 +105,8 @@ def wait_until_healthy(url: str, timeout: float, process: subprocess.Popen | Non
 class CheckpointSource:
     """The model's weights under their checkpoint names, layer by layer (a vLLM WeightSource).
 
-    Parameter names differ from checkpoint names for many families; transformers knows the way
-    back. Tied weights go under every name: without lm_head vLLM would keep its old one.
-    dtype: what goes over the wire (None: as they are).
+    Parameter names differ from these for many families; transformers knows the way back. Tied
+    weights go under every name: without lm_head vLLM would keep its old one. dtype: on the wire.
     """
 
     def __init__(self, model, dtype: torch.dtype | None = None):
@@ -139,10 +134,9 @@ class CheckpointSource:
 
 
 class WeightSync:
-    """Sends the trainer's weights to a running vLLM server and checks that they arrived.
+    """Sends the trainer's weights to a vLLM server, by "nccl" (GPU to GPU) or "gloo" (CPU).
 
-    backend: "nccl" (server and trainer on different GPUs) or "gloo" (CPU). Construction meets every
-    worker in a new group, after shutting down the one that an earlier trainer may have left. Every
+    Meets every worker in a new group, after shutting down one that an earlier trainer left. Every
     failure raises: nobody trains on with stale weights.
     """
 
@@ -162,10 +156,9 @@ class WeightSync:
             client=HTTPVLLMWeightSyncClient(url, timeout), source=source)
 
     def send(self, version: int) -> None:
-        """One whole update; the server's weight_version is `version` afterwards.
+        """One whole update, checked by weight_version. Requests in flight go on, with new weights.
 
-        Requests in flight are kept and go on with the new weights. Every cache goes: image
-        features are keyed by the image alone, and would be those of the old vision tower.
+        Every cache goes: image features are keyed by the image alone, not by the vision tower.
         """
         self.call("pause?mode=keep")
         self.engine.send_weights()

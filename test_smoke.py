@@ -179,7 +179,8 @@ def test_sharing_the_prompt_changes_nothing(name, micro_batch_size):
             logprobs, entropies = trainer.logprobs(batch, share)
         found.append((logprobs, entropies, gradients(trainer, outputs)))
     (plain, plain_entropy, plain_grad), (shared, shared_entropy, shared_grad) = found
-    assert (plain - shared).abs().max() < 1e-5 and (plain_entropy - shared_entropy).abs().max() < 1e-5
+    assert (plain - shared).abs().max() < 1e-5
+    assert (plain_entropy - shared_entropy).abs().max() < 1e-5
     assert relative_difference(plain_grad, shared_grad) < 1e-5
     assert any(".visual." in n and g.any() for n, g in plain_grad.items()) == (name != "text only")
 
@@ -293,8 +294,9 @@ def test_messages_become_openai_parts_in_order():
     a, b = noise(28, 28, 1), noise(28, 56, 2)
     messages, images = render_prompt([
         {"role": "system", "content": "Look."},
-        {"role": "user", "content": [{"type": "image", "image": a}, {"type": "text", "text": "?"},
-                                     {"type": "image_url", "image_url": {"url": png_data_uri(b)}}]}])
+        {"role": "user", "content": [
+            {"type": "image", "image": a}, {"type": "text", "text": "?"},
+            {"type": "image_url", "image_url": {"url": png_data_uri(b)}}]}])
     assert [i.size for i in images] == [(28, 28), (28, 56)] and messages[0]["content"] == "Look."
     assert [p["type"] for p in messages[1]["content"]] == ["image_url", "text", "image_url"]
     assert messages[1]["content"][2]["image_url"]["url"] == png_data_uri(b)
@@ -335,7 +337,7 @@ def test_the_users_config_loads_and_means_what_it_says(tmp_path):
     ("max_steps=true", "max_steps must be of type int, not True"),
     ("learning_rate=-1.0", "learning_rate must be above 0"),
     ("batch_size=500", "batch_size 500 must be rollouts_per_step 16 times G"),
-    ("batch_size=16", "with G at least 2"),
+    ("batch_size=16", "the group size, at least 2"),
     ("max_steps", "is not key=value"),
 ])
 def test_a_config_mistake_is_one_line_with_file_key_and_mend(tmp_path, override, message):

@@ -1,8 +1,8 @@
 """GRPO on a vision-language model: `python train.py @ config.toml [key=value ...]`.
 
 Each step is three calls: roll out the prompts on the vLLM server (rollout.py), update the policy on
-what came back, send the new weights to the server (sync.py). This file owns the config, the policy's
-forward pass, the trainer and the command line.
+what came back, send the new weights to the server (sync.py). This file owns the config, the forward
+pass of the policy, the trainer and the command line.
 """
 import collections
 import contextlib
@@ -28,17 +28,15 @@ from batch import MultimodalBatch
 from loss import group_advantages, grpo_loss, token_logprobs
 from rollout import GenerateOutputs, Generator, load_environment
 
-
-def positive(default):
-    """A config field that must be above 0."""
-    return field(default=default, metadata={"positive": True})
+SAMPLED = ("completion", "answer", "reward", "finish_reason")  # what is written of a rollout
+MAY_BE_ZERO = ("mask_ratio_low", "sync_to_vllm_every", "inference_gpus", "trainer_gpus")
 
 
 @dataclass(frozen=True)
 class MultimodalRLConfig:
-    """Everything a run can be told. Raises ValueError naming the key whose value cannot be.
+    """All that a run can be told: `model`, [env], [inference], [trainer]; the rest [trainer.args].
 
-    In TOML: `model`, the tables [env], [inference], [trainer], and [trainer.args] for the rest.
+    Raises ValueError naming the key whose value cannot be.
     """
     model: str = ""                         # Hugging Face id or directory
     env_id: str = ""
@@ -49,34 +47,34 @@ class MultimodalRLConfig:
     run_name: str = "run"
     output_dir: str = "./outputs"           # everything is written to output_dir/run_name
     seed: int = 0
-    max_steps: int = positive(500)
-    batch_size: int = positive(512)         # completions per optimizer step
-    rollouts_per_step: int = positive(16)   # prompts; G = batch_size / rollouts_per_step
-    micro_batch_size: int = positive(4)     # completions per forward: lower it for memory
-    learning_rate: float = positive(1e-5)
+    max_steps: int = 500
+    batch_size: int = 512                   # completions per optimizer step
+    rollouts_per_step: int = 16             # prompts; G = batch_size / rollouts_per_step
+    micro_batch_size: int = 4               # completions per forward: lower it for memory
+    learning_rate: float = 1e-5
     warmup_steps: int = 0                   # linear, then constant
     weight_decay: float = 0.0
-    max_grad_norm: float = positive(1.0)
+    max_grad_norm: float = 1.0
     mask_ratio_low: float = 0.1             # tokens outside are left out of the loss
-    mask_ratio_high: float = positive(10.0)
-    clip_low: float = positive(0.2)
-    clip_high: float = positive(0.2)
+    mask_ratio_high: float = 10.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
     divide_by_std: bool = False             # advantages by the std of their group
     share_prompt: bool | None = None        # unset: decided per micro-batch, by counting work
     gradient_checkpointing: bool = False    # less memory, but prompts cannot be shared
     freeze_vision: bool = False             # train the language model alone
-    temperature: float = positive(1.0)
-    max_tokens: int = positive(512)
+    temperature: float = 1.0
+    max_tokens: int = 512
     vllm_server_host: str = "0.0.0.0"       # a local name: train.py starts the server itself
-    vllm_server_port: int = positive(8000)
-    vllm_server_timeout: float = positive(600)  # seconds to come up; also for a weight update
-    generation_timeout: float = positive(600)   # seconds for one prompt's completions
-    max_concurrent: int = positive(128)     # requests (prompts) in flight
+    vllm_server_port: int = 8000
+    vllm_server_timeout: float = 600        # seconds to come up; also for a weight update
+    generation_timeout: float = 600         # seconds for one prompt's completions
+    max_concurrent: int = 128               # requests (prompts) in flight
     sync_to_vllm_every: int = 1             # steps; 0 = never, on purpose
-    log_every_steps: int = positive(10)     # sampled rollouts are written
+    log_every_steps: int = 10               # sampled rollouts are written
     save_every_steps: int = 0               # 0 = only at the end
     eval_every_steps: int = 0               # also before the first and after the last step
-    eval_samples: int = positive(1)         # completions per held-out prompt
+    eval_samples: int = 1                   # completions per held-out prompt
     wandb_project: str = ""                 # set: log to Weights & Biases too
 
     def __post_init__(self):
@@ -85,12 +83,12 @@ class MultimodalRLConfig:
             if not isinstance(value, kind) or (isinstance(value, bool) and f.type in (int, float)):
                 name = getattr(f.type, "__name__", f.type)
                 raise ValueError(f"{f.name} must be of type {name}, not {value!r}")
-            if f.metadata and value <= 0:
+            may_be_zero = f.default == 0 or f.name in MAY_BE_ZERO
+            if f.type in (int, float) and (value < 0 or value == 0 and not may_be_zero):
                 raise ValueError(f"{f.name} must be above 0, not {value}")
         if self.batch_size % self.rollouts_per_step or self.group_size < 2:
             raise ValueError(f"batch_size {self.batch_size} must be rollouts_per_step "
-                             f"{self.rollouts_per_step} times G, the completions per prompt that "
-                             "GRPO compares: a multiple of it, with G at least 2")
+                             f"{self.rollouts_per_step} times G, the group size, at least 2")
 
     @property
     def group_size(self) -> int:
@@ -110,10 +108,7 @@ TRAINER_ARGS = [f.name for f in fields(MultimodalRLConfig)
 
 
 def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
-    """Read a TOML file, then overrides: "learning_rate=1e-4", "env.args.seed=1", "model=DIR".
-
-    Raises ValueError in one line naming the file, the key and the nearest valid one.
-    """
+    """A TOML file and overrides ("seed=1", "env.args.n=3", "model=DIR"); ValueError in one line."""
     try:
         raw = tomli.loads(Path(path).read_text())
         for override in overrides:
@@ -166,10 +161,7 @@ def vision_token_ids(model_config) -> list[int]:
 
 
 class Policy(torch.nn.Module):
-    """The model as a policy: logprobs and entropies of the tokens in the loss.
-
-    All of it, head included, happens in this one forward: sharded parameters are gathered once.
-    """
+    """The model as a policy; all in one forward, head included, for the sake of sharded weights."""
 
     def __init__(self, model, temperature: float, banned: list[int]):
         super().__init__()
@@ -206,8 +198,9 @@ class Policy(torch.nn.Module):
         width, length = prompts["input_ids"].shape[1], trained.shape[1]
         steps = max(length - 1, 1)  # the state of the last token is before nothing
         positions = self.positions(prompts, length, batch)
-        prompt = self.model.base_model(**prompts, position_ids=positions[..., :width],
-                                       use_cache=True, **batch.images_of(range(int(index.max()) + 1)))
+        images = batch.images_of(range(len(prompts["input_ids"])))
+        prompt = self.model.base_model(**prompts, **images, use_cache=True,
+                                       position_ids=positions[..., :width])
         cache = prompt.past_key_values
         cache.batch_select_indices(index)
         inputs = {key: tensor[:, :steps] for key, tensor in completions.items()}
@@ -220,10 +213,7 @@ class Policy(torch.nn.Module):
         return torch.cat([before_first, completion.last_hidden_state], 1)[:, :length][trained]
 
     def positions(self, prompts: dict[str, Tensor], length: int, batch: MultimodalBatch) -> Tensor:
-        """Of each prompt, and then of its completions: (P, W_p + length), for M-RoPE (3, P, ...).
-
-        M-RoPE gives an image fewer positions than tokens; such models count for themselves.
-        """
+        """(P, W_p + length), prompts and then completions; M-RoPE models count for themselves."""
         row = {key: pad(tensor, (0, length), value=int(key == "attention_mask"))
                for key, tensor in prompts.items()}
         count = getattr(self.model.base_model, "get_rope_index", None)
@@ -234,11 +224,10 @@ class Policy(torch.nn.Module):
 
 
 class MultimodalGRPOTrainer:
-    """Trains `model` on an environment by GRPO against a vLLM server.
+    """Trains a Hugging Face image-text-to-text model, where it is, by GRPO against a vLLM server.
 
-    model: a Hugging Face image-text-to-text model, on the device where it shall be trained;
-    tokenizer: saved with checkpoints, unless the adapter has a processor; adapter: a
-    MultimodalAdapter. Construction contacts no server; train() needs one.
+    The tokenizer is saved with checkpoints, unless the adapter has a processor. Construction
+    contacts no server; train() needs one.
     """
 
     def __init__(self, model, tokenizer, adapter: MultimodalAdapter, config: MultimodalRLConfig):
@@ -296,10 +285,9 @@ class MultimodalGRPOTrainer:
             weights.close()
 
     def update(self, outputs: GenerateOutputs) -> dict[str, float]:
-        """One optimizer step on the given completions; needs no server. Returns its metrics.
+        """One optimizer step on the given completions, without a server. Returns its metrics.
 
-        Completions of equal example_id are a group. ir, ent, kl and the like are means over the
-        forwarded tokens of the loss mask; groups of equal rewards are not forwarded.
+        Equal example_id make a group. ir, ent, kl and the like are means over forwarded tokens.
         """
         config, batch = self.config, self.build_batch(outputs)
         if self.can_share is None:
@@ -347,10 +335,9 @@ class MultimodalGRPOTrainer:
             return self.policy(micro, share)
 
     def calibrate(self, outputs: GenerateOutputs) -> dict[str, float]:
-        """Recompute the server's logprobs of some completions and print how far apart they are.
+        """Recompute the server's logprobs of some completions and print the largest difference.
 
-        Raises RuntimeError if that is more than the dtype explains, since training would be
-        off-policy from the first step on; not if the weights are never synced, on purpose.
+        RuntimeError if the dtype does not explain it, unless weights are never synced, on purpose.
         """
         batch, differences = self.build_batch(outputs), []
         for rows in torch.linspace(0, len(batch) - 1, min(32, len(batch))).long().split(4):
@@ -361,8 +348,8 @@ class MultimodalGRPOTrainer:
         off = torch.cat(differences)
         found = {"max": off.abs().max().item(), "mean": off.abs().mean().item(),
                  "kl": (off.expm1() - off).mean().item()}
-        tqdm.write(f"trainer and server: logprobs of {len(off)} tokens differ by {found['max']:.1e} "
-                   f"at most, {found['mean']:.1e} in the mean; mismatch KL {found['kl']:.1e}")
+        tqdm.write(f"trainer and server: logprobs of {len(off)} tokens differ by {found['max']:.1e}"
+                   f" at most, {found['mean']:.1e} in the mean; mismatch KL {found['kl']:.1e}")
         if found["mean"] > (1e-4 if self.fp32 else 0.05) and self.config.sync_to_vllm_every:
             raise RuntimeError(f"trainer and server are different policies ({found}): check "
                                "--logprobs-mode processed_logprobs, --dtype, the processor's pixel "
@@ -370,10 +357,7 @@ class MultimodalGRPOTrainer:
         return found
 
     def sharing_is_exact(self, batch: MultimodalBatch) -> bool:
-        """Compute a few completions of one prompt both ways: logprobs and gradient norm.
-
-        The gradient would be wrong, without any error, if a model's cache were detached.
-        """
+        """Compute a few completions both ways; a detached cache would show in the gradient."""
         trained = batch.loss_mask.bool().any(1)
         if not trained.any():
             return False
@@ -429,19 +413,16 @@ class MultimodalGRPOTrainer:
         seconds = [end - start for start, end in zip(clock, clock[1:])]
         self.write({**metrics, "tokens_per_second": metrics["tokens"] / sum(seconds),
                     **dict(zip(("seconds_rollout", "seconds_train", "seconds_sync"), seconds))})
-        if self.step % self.config.log_every_steps:
-            return
-        folder = self.run_dir / "rollouts" / f"step-{self.step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "rollouts.jsonl", "w") as file:
-            for i in range(0, len(outputs), max(1, len(outputs) // 3)):
-                record = {name: outputs[name][i] for name in
-                          ("completion", "answer", "reward", "finish_reason")}
-                record["prompt"] = self.tokenizer.decode(outputs.prompt_ids[i])
-                record["images"] = [f"{i}-{j}.png" for j in range(len(outputs.images[i]))]
-                file.write(json.dumps(record, default=str) + "\n")
-                for name, image in zip(record["images"], outputs.images[i]):
-                    image.save(folder / name)
+        if self.step % self.config.log_every_steps == 0:
+            folder = self.run_dir / "rollouts" / f"step-{self.step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "rollouts.jsonl", "w") as file:
+                for i in range(0, len(outputs), max(1, len(outputs) // 3)):
+                    record = {name: outputs[name][i] for name in SAMPLED}
+                    record["prompt"] = self.tokenizer.decode(outputs.prompt_ids[i])
+                    file.write(json.dumps({"row": i, **record}, default=str) + "\n")
+                    for j, image in enumerate(outputs.images[i]):
+                        image.save(folder / f"{i}-{j}.png")
 
     def write(self, metrics: dict[str, float]) -> None:
         """Append to metrics.jsonl, and to Weights & Biases where it is asked for."""
@@ -463,14 +444,13 @@ class MultimodalGRPOTrainer:
 def rollout_metrics(batch: MultimodalBatch, outputs: GenerateOutputs) -> dict[str, float]:
     """What the completions were like, whatever is done with them."""
     groups, lengths = torch.tensor(outputs.example_id), batch.loss_mask.sum(1).float()
-    alive = groups[batch.advantages != 0].unique()
-    return {"reward": batch.rewards.mean().item(),
+    alive = len(groups[batch.advantages != 0].unique()) / len(groups.unique())
+    means = {"reward": outputs.reward} | {f"reward/{k}": v for k, v in outputs.metrics.items()}
+    return {**{name: sum(values) / len(values) for name, values in means.items()},
             "reward_std": batch.rewards.std(correction=0).item(),
-            "zero_advantage_groups": 1 - len(alive) / len(groups.unique()),
-            "completion_length": lengths.mean().item(),
+            "zero_advantage_groups": 1 - alive, "completion_length": lengths.mean().item(),
             "completion_length_max": lengths.max().item(),
-            "truncated_fraction": outputs.finish_reason.count("length") / len(outputs),
-            **{f"reward/{name}": sum(v) / len(v) for name, v in outputs.metrics.items()}}
+            "truncated_fraction": outputs.finish_reason.count("length") / len(outputs)}
 
 
 def command_line(program: str) -> MultimodalRLConfig:
@@ -511,7 +491,8 @@ def served(config: MultimodalRLConfig) -> Iterator[MultimodalGRPOTrainer]:
         processor = AutoProcessor.from_pretrained(config.model)
         if torch.cuda.is_available():  # on the first GPU that is not the server's
             model.to(f"cuda:{config.inference_gpus if local else 0}")
-        yield MultimodalGRPOTrainer(model, processor.tokenizer, MultimodalAdapter(processor), config)
+        adapter = MultimodalAdapter(processor)
+        yield MultimodalGRPOTrainer(model, processor.tokenizer, adapter, config)
 
 
 if __name__ == "__main__":

@@ -39,10 +39,10 @@ def table(records: list[dict]) -> str:
             continue
         worst = [max((r["max_logprob_difference"] for r in mine if r.get("images") == count),
                      default=None) for count in (0, 1, 2)]
-        shared = next((r["shared_prompts_exact"] for r in mine if "shared_prompts_exact" in r), None)
+        shared = [r["shared_prompts_exact"] for r in mine if "shared_prompts_exact" in r]
         cells = ["-" if w is None else f"{w:.1e}" for w in worst]
         rows.append(f"| {name} | {' | '.join(cells)} | "
-                    f"{ {True: 'exact', False: 'no', None: '-'}[shared]} | {mine[-1]['verdict']} |")
+                    f"{'exact' if all(shared) else 'no'} | {mine[-1]['verdict']} |")
     return "\n".join(rows)
 
 

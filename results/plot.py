@@ -26,13 +26,14 @@ def main():
         return HEIGHT - BOTTOM - accuracy * (HEIGHT - BOTTOM - 20)
 
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-             'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>']
+             'font-family="sans-serif" font-size="12">',
+             '<rect width="100%" height="100%" fill="white"/>']
     for tick in (0, 0.25, 0.5, 0.75, 1):
         parts.append(f'<path d="M{LEFT} {y(tick)}H{WIDTH - 20}" stroke="#ddd"/>'
                      f'<text x="{LEFT - 8}" y="{y(tick) + 4}" text-anchor="end">{tick:.0%}</text>')
     for step in range(0, last + 1, 20):
         parts.append(f'<text x="{x(step)}" y="{HEIGHT - 20}" text-anchor="middle">{step}</text>')
-    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">optimizer step</text>')
+    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
     for i, (color, label, points) in enumerate(curves):
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>'

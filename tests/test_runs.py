@@ -119,7 +119,8 @@ def test_prompts_of_every_kind_train_together(server, tmp_path):
              {"type": "image", "image": noise(28, 28, 3)}]
     question = {"type": "text", "text": "What color is it?"}
     rows = [{"prompt": [{"role": "system", "content": "Look."}, {"role": "user", "content": "Hi"}]},
-            {"prompt": [{"role": "user", "content": [parts[1], question]}], "info": {"best": "red"}},
+            {"prompt": [{"role": "user", "content": [parts[1], question]}],
+             "info": {"best": "red"}},
             {"prompt": [{"role": "user", "content": [question, *parts]}], "answer": "blue"}]
     seen = []
 
