@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-PER_TOKEN = ("attention_mask", "loss_mask", "behavior_logprobs")
+PER_TOKEN = ("input_ids", "attention_mask", "loss_mask", "behavior_logprobs")
 PER_ROW = ("rewards", "prompt_index", "advantages")
 
 
@@ -91,20 +91,19 @@ class MultimodalBatch:
         """
         bad = torch.isin(self.input_ids, torch.tensor(token_ids)) & self.loss_mask.bool()
         kept = bad.cumsum(1) == 0
-        return replace(self, **{k: getattr(self, k) * kept for k in ("input_ids", *PER_TOKEN)})
+        return replace(self, **{k: getattr(self, k) * kept for k in PER_TOKEN})
 
     def select(self, rows: Tensor) -> "MultimodalBatch":
         """The given rows, trimmed to their longest, with the images of their prompts alone."""
         prompts, prompt_index = self.prompt_index[rows].unique(return_inverse=True)
-        images = self.images_of(prompts.tolist())
-        width = int(self.lengths()[rows].max())
-        token = {name: getattr(self, name)[rows, :width] for name in ("input_ids", *PER_TOKEN)}
-        extra = {key: tensor[rows, :width] for key, tensor in self.token_tensors().items()}
+        images, width = self.images_of(prompts.tolist()), int(self.lengths()[rows].max())
+        tokens = {key: tensor[rows, :width] for key, tensor in self.token_tensors().items()}
         return MultimodalBatch(
-            **token, rewards=self.rewards[rows], prompt_index=prompt_index,
+            **{name: getattr(self, name)[rows, :width] for name in PER_TOKEN},
+            rewards=self.rewards[rows], prompt_index=prompt_index,
             advantages=None if self.advantages is None else self.advantages[rows],
             image_rows={k: [self.image_rows[k][p] for p in prompts.tolist()] for k in images},
-            pixel_values=images.pop("pixel_values", None), extra_model_kwargs={**extra, **images})
+            pixel_values=images.pop("pixel_values", None), extra_model_kwargs=tokens | images)
 
     def micro_batches(self, size: int) -> Iterator["MultimodalBatch"]:
         """At most `size` completions each, prompt by prompt, of similar length.
@@ -112,37 +111,33 @@ class MultimodalBatch:
         Rows without gradient (no token in the loss, advantage 0) are left out; but for a few if
         there are no others, so that the metrics stay alive.
         """
-        lengths = self.lengths()
-        longest = lengths.new_zeros(len(self)).scatter_reduce(0, self.prompt_index, lengths, "amax")
-        keep = self.loss_mask.bool().any(1)
+        lengths, prompts, keep = self.lengths(), self.prompt_index, self.loss_mask.bool().any(1)
+        longest = lengths.new_zeros(len(self)).scatter_reduce(0, prompts, lengths, "amax")[prompts]
         alive = keep & (self.advantages != 0)
         keep = alive if alive.any() else keep & (keep.cumsum(0) <= size)
-        order = sorted(keep.nonzero().flatten().tolist(), key=lambda b: (
-            -longest[self.prompt_index[b]].item(), self.prompt_index[b].item(), -lengths[b].item()))
+        keys = zip((-longest).tolist(), prompts.tolist(), (-lengths).tolist(), range(len(self)))
+        order = torch.tensor([row for *_, row in sorted(keys) if keep[row]], dtype=torch.long)
         for start in range(0, len(order), size):
-            yield self.select(torch.tensor(order[start:start + size]))
+            yield self.select(order[start:start + size])
 
     def to(self, device) -> "MultimodalBatch":
         """The batch with every tensor on the device."""
-        def move(fields: dict) -> dict:
-            return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in fields.items()}
-
-        return replace(self, **move(vars(self) | {
-            "extra_model_kwargs": move(self.extra_model_kwargs)}))
+        moved = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        extra = {name: v.to(device) for name, v in self.extra_model_kwargs.items()}
+        return replace(self, **moved, extra_model_kwargs=extra)
 
     def sharing_pays(self, hidden_size: int) -> bool:
-        """Whether forwarding each prompt once is less work than every row with its own.
+        """Whether forwarding each prompt once is less work, counted in tokens of a layer of size H.
 
-        Counted in tokens: in a layer of hidden size H a token costs about 24 H^2 flops and a pair
-        of tokens in attention 4 H; an image patch counts as a token.
+        A token costs about 24 H^2 flops, a pair in attention 4 H; a patch counts as a token.
         """
-        b, p, width = len(self), int(self.prompt_index.max()) + 1, self.input_ids.shape[1]
-        lengths, pair = self.prompt_lengths(), 1 / (6 * hidden_size)
-        prompt, rest = int(lengths.max()), int((self.lengths() - lengths).max())
+        starts, ends, pair = self.prompt_lengths(), self.lengths(), 1 / (6 * hidden_size)
+        b, p = len(self), int(self.prompt_index.max()) + 1
+        length, prompt, rest = ends.max(), starts.max(), (ends - starts).max()
         patches = torch.tensor(self.image_rows.get("pixel_values", [0] * p))
-        plain = b * width * (1 + width * pair) + patches[self.prompt_index].sum()
-        shared = p * prompt * (1 + prompt * pair) + patches.sum()
-        return bool(shared + b * rest * (1 + (prompt + rest) * pair) < 0.9 * plain)
+        plain = b * length * (1 + length * pair) + patches[self.prompt_index].sum()
+        shared = p * prompt * (1 + prompt * pair) + b * rest * (1 + (prompt + rest) * pair)
+        return bool(shared + patches.sum() < 0.9 * plain)
 
     def fork(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """The rows cut where the prompt ends: (prompts, completions, what is trained).

@@ -39,9 +39,8 @@ def token_logprobs(hidden: Tensor, targets: Tensor, head, temperature: float,
     """
     def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(hidden).float()  # (n, V)
-        bias = torch.zeros_like(logits[0])
-        bias[list(banned)] = -100
-        logits = (logits + bias) / temperature
+        logits[:, list(banned)] -= 100
+        logits = logits / temperature
         log_z = logits.logsumexp(-1)
         with torch.no_grad():  # H = log Z - sum_v p_v logit_v
             entropies = log_z - (logits - log_z[:, None]).exp_().mul_(logits).sum(-1)

@@ -6,6 +6,7 @@ hands over GenerateOutputs, with token ids and logprobs just as the server sampl
 """
 import base64
 import importlib
+import inspect
 import io
 import random
 import sys
@@ -85,13 +86,17 @@ def load_environment(env_id: str, args: dict) -> Environment:
     name = env_id.replace("-", "_").split("/")[-1]
     for module_name in (name, f"envs.{name}"):
         try:
-            return importlib.import_module(module_name).load_environment(**args)
+            loader = getattr(importlib.import_module(module_name), "load_environment", None)
         except ModuleNotFoundError as error:
             if error.name not in (module_name, "envs"):
                 raise  # the environment is there; something that it imports is not
-        except AttributeError as error:
-            if error.name != "load_environment":
-                raise
+            continue
+        if loader is not None:
+            try:
+                inspect.signature(loader).bind(**args)
+            except TypeError as error:
+                raise ValueError(f"environment {env_id!r}: load_environment() {error}") from error
+            return loader(**args)
     raise ValueError(f"environment {env_id!r}: no load_environment() in a module {name!r} on "
                      f"sys.path ({sys.path[0] or '.'}, ...) or in {Path('envs', name + '.py')}")
 

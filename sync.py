@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -44,12 +44,9 @@ def server_command(model: str, port: int, gpus: int, args: dict) -> list[str]:
     # not the `vllm` command: the CPU package's does not work
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for key, value in {**defaults, **args}.items():
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            command.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            text = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-            command += [f"--{flag}", text]
+        flag = ("--no-" if value is False else "--") + key.replace("_", "-")
+        text = value if isinstance(value, str) else json.dumps(value)
+        command += [flag] if isinstance(value, bool) else [flag, text]
     return command
 
 
@@ -112,23 +109,20 @@ class CheckpointSource:
     def __init__(self, model, dtype: torch.dtype | None = None):
         self.model, self.dtype = model, dtype
 
+    @functools.cache  # names and shapes stay; the tensors are materialized for them only once
     def metadata(self) -> list:
         """(name, dtype, shape) of all that iteration yields."""
         from vllm.distributed.weight_transfer import ParamMeta
-        empty = self.stream(lambda p: torch.empty(p.shape, dtype=p.dtype, device="meta"))
-        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in empty]
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return self.stream(lambda p: getattr(p, "full_tensor", lambda: p)().detach())
-
-    def stream(self, materialize: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """(checkpoint name, tensor); one layer at a time exists as a copy."""
         from transformers.core_model_loading import revert_weight_conversion
         layers: dict[str, dict] = {}  # no conversion reaches across layers
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            layers.setdefault(re.match(r".*?\.\d+\.|", name).group(), {})[name] = parameter
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            layers.setdefault(re.match(r".*?\.\d+\.|", name).group(), {})[name] = p
         for layer in layers.values():
-            full = {name: materialize(parameter) for name, parameter in layer.items()}
+            full = {k: getattr(p, "full_tensor", p.detach)().detach() for k, p in layer.items()}
             for name, tensor in revert_weight_conversion(self.model, full).items():
                 yield name, tensor.to(self.dtype or tensor.dtype).contiguous()
 
@@ -141,18 +135,18 @@ class WeightSync:
     """
 
     def __init__(self, url: str, source: CheckpointSource, backend: str, timeout: float):
-        from vllm.distributed.weight_transfer import (
-            HTTPVLLMWeightSyncClient, WeightTransferTrainerFactory, nccl_engine)
+        from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, nccl_engine
         self.url, self.timeout, server = url, timeout, urlsplit(url)
         self.call("shutdown_weight_transfer_engine")
         with socket.create_connection((server.hostname, server.port), timeout) as connection:
             address = connection.getsockname()[0]  # ours, as the server can reach it
         with socket.create_server((address, 0)) as probe:
             port = probe.getsockname()[1]
-        info_cls = register_gloo() if backend == "gloo" else nccl_engine.NCCLTrainerInitInfo
         workers = self.call("get_world_size", method="get")["world_size"]
-        self.engine = WeightTransferTrainerFactory.trainer_init(
-            info_cls(rank=0, master_address=address, master_port=port, world_size=workers + 1),
+        engine = (register_gloo() if backend == "gloo"
+                  else nccl_engine.NCCLTrainerWeightTransferEngine)
+        self.engine = engine.trainer_init(
+            nccl_engine.NCCLTrainerInitInfo(address, port, workers + 1, rank=0),
             client=HTTPVLLMWeightSyncClient(url, timeout), source=source)
 
     def send(self, version: int) -> None:
@@ -170,11 +164,6 @@ class WeightSync:
         if served != str(version):
             raise RuntimeError(f"{self.url} serves weights {served!r}, {version} was sent")
 
-    def close(self) -> None:
-        """Leave the group; the server goes on with the weights that it has."""
-        self.call("shutdown_weight_transfer_engine")
-        self.engine.shutdown()
-
     def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
         """One HTTP call; raises requests.RequestException."""
         response = requests.request(method, f"{self.url}/{route}", json=body, timeout=self.timeout)
@@ -184,58 +173,48 @@ class WeightSync:
 
 @functools.cache
 def register_gloo() -> type:
-    """Register vLLM's NCCL engines as "gloo", with another transport; the trainer's init info."""
-    from vllm.distributed.utils import stateless_init_torch_distributed_process_group as join
-    from vllm.distributed.weight_transfer import (
-        WeightTransferEngineFactory, WeightTransferTrainerFactory, nccl_engine)
+    """Register vLLM's NCCL engine with another transport as "gloo"; returns the trainer's side."""
+    from vllm.distributed.utils import stateless_init_torch_distributed_process_group
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory, nccl_engine
 
-    class GlooGroup:
-        """The methods of PyNcclCommunicator that the engines call."""
-
-        def __init__(self, info, rank: int):
-            self.group = join(info.master_address, info.master_port, rank, info.world_size,
-                              backend="gloo", timeout=timedelta(seconds=300))
-
-        def broadcast(self, tensor: Tensor) -> None:
-            self.group.broadcast(tensor, 0).wait()
-
-        def destroy(self) -> None:
-            self.group = None
+    def join(info, rank: int):
+        return stateless_init_torch_distributed_process_group(
+            info.master_address, info.master_port, rank, info.world_size, "gloo",
+            timeout=timedelta(seconds=300))
 
     class GlooEngine(nccl_engine.NCCLWeightTransferEngine):
         def init_transfer_engine(self, info) -> None:
             config = self.parallel_config
             rank = config.data_parallel_index * config.world_size + config.rank
-            self.model_update_group = GlooGroup(info, rank + info.rank_offset)
+            self.model_update_group = join(info, rank + info.rank_offset)
 
         def receive_weights(self, info) -> None:
             for name, dtype, shape in zip(info.names, info.dtype_names, info.shapes, strict=True):
                 weight = torch.empty(shape, dtype=getattr(torch, dtype))
-                self.model_update_group.broadcast(weight)
+                self.model_update_group.broadcast(weight, 0).wait()
                 self.model.load_weights([(name, weight)])
 
-    class GlooTrainerInitInfo(nccl_engine.NCCLTrainerInitInfo):
-        backend = "gloo"
+        def shutdown(self) -> None:
+            self.model_update_group = None
 
     class GlooTrainerEngine(nccl_engine.NCCLTrainerWeightTransferEngine):
         @classmethod
-        def trainer_init(cls, init_info, *, client, source=None):
-            engine, meet = cls(client=client, source=source), {
-                "master_address": init_info.master_address, "master_port": init_info.master_port,
-                "rank_offset": 1, "world_size": init_info.world_size}
+        def trainer_init(cls, info, *, client, source):
+            engine = cls(client=client, source=source)
+            worker = {"master_address": info.master_address, "master_port": info.master_port,
+                      "rank_offset": 1, "world_size": info.world_size}
             with ThreadPoolExecutor(1) as pool:  # both sides must rendezvous together
-                joined = pool.submit(client.init_weight_transfer_engine, meet)
-                engine.model_update_group = GlooGroup(init_info, 0)
+                joined = pool.submit(client.init_weight_transfer_engine, worker)
+                engine.model_update_group = join(info, 0)
                 joined.result()
             return engine
 
         def _broadcast(self, source, meta) -> None:
             for _, tensor in self._checked_iter(source, meta):
-                self.model_update_group.broadcast(tensor)
+                self.model_update_group.broadcast(tensor, 0).wait()
 
     WeightTransferEngineFactory.register_engine("gloo", GlooEngine)
-    WeightTransferTrainerFactory.register_engine("gloo", GlooTrainerEngine)
-    return GlooTrainerInitInfo
+    return GlooTrainerEngine
 
 
 def __getattr__(name: str):
@@ -248,10 +227,7 @@ def __getattr__(name: str):
 
 if __name__ == "__main__":
     from train import command_line, start_server
-    try:
-        config = command_line("sync.py")
-        with start_server(config) as server:
-            print(f"serving {config.model} at {config.url}; Ctrl-C stops it", flush=True)
-            sys.exit(server.wait())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    config = command_line("sync.py")
+    with start_server(config) as server:
+        print(f"serving {config.model} at {config.url}; Ctrl-C stops it", flush=True)
+        sys.exit(server.wait())

@@ -306,6 +306,8 @@ def test_a_missing_environment_says_where_it_looked():
     assert isinstance(load_environment("colors", {"num_train": 3}), Environment)
     with pytest.raises(ValueError, match=r"no-such-env.*module 'no_such_env'.*envs/no_such_env.py"):
         load_environment("no-such-env", {})
+    with pytest.raises(ValueError, match="'colors'.*unexpected keyword argument 'num_trian'"):
+        load_environment("colors", {"num_trian": 3})
 
 
 def test_outputs_answer_to_attributes_and_keys():
@@ -377,7 +379,6 @@ def test_two_steps_on_a_real_server(server, tmp_path):
         generator, weights = trainer.connect()
         assert weights.call("weight_info", method="get")["weight_version"] == "2"
         found = trainer.calibrate(generator.train_step(5, 4, 4))
-        weights.close()
     assert found["max"] < 1e-5  # a server with the old weights would be 1e-2 off
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
     lines = [json.loads(line) for line in open(tmp_path / "colors" / "metrics.jsonl")]

@@ -102,9 +102,11 @@ class MultimodalRLConfig:
                 .replace("//0.0.0.0:", "//127.0.0.1:"))
 
 
-TABLES = {"env": ["id", "args"], "inference": ["gpus", "args"], "trainer": ["gpus", "args"]}
-TRAINER_ARGS = [f.name for f in fields(MultimodalRLConfig)
-                if f.name != "model" and not f.name.startswith(tuple(TABLES))]
+KEYS = {"model": "model", "env.id": "env_id", "env.args": "env_args",  # in TOML -> in the config
+        "inference.gpus": "inference_gpus", "inference.args": "inference_args",
+        "trainer.gpus": "trainer_gpus"}
+KEYS |= {f"trainer.args.{f.name}": f.name for f in fields(MultimodalRLConfig)
+         if f.name not in KEYS.values()}
 
 
 def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
@@ -113,14 +115,7 @@ def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
         raw = tomli.loads(Path(path).read_text())
         for override in overrides:
             apply_override(raw, override)
-        check_keys(raw, ["model", *TABLES], "the file")
-        flat = {"model": raw["model"]} if "model" in raw else {}
-        for name, valid in TABLES.items():
-            check_keys(raw.get(name, {}), valid, f"[{name}]")
-            flat |= {f"{name}_{key}": value for key, value in raw.get(name, {}).items()}
-        args = flat.pop("trainer_args", {})
-        check_keys(args, TRAINER_ARGS, "[trainer.args]")
-        config = MultimodalRLConfig(**flat, **args)
+        config = MultimodalRLConfig(**dict(settings(raw)))
         if not config.model or not config.env_id:
             raise ValueError('it must set model = "..." and [env] id = "..."')
         return config
@@ -128,14 +123,20 @@ def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def check_keys(table, valid: list[str], where: str) -> None:
-    """Raises ValueError naming an unknown key and the nearest valid one."""
-    if not isinstance(table, dict):
-        raise ValueError(f"{where} must be a table, not {table!r}")
-    for key in table.keys() - set(valid):
-        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
-        raise ValueError(f"unknown key {key!r} in {where}; {hint}")
+def settings(table: dict, name: str = "") -> Iterator[tuple[str, object]]:
+    """(config field, value) of every key; ValueError naming an unknown one and the nearest."""
+    for key, value in table.items():
+        path = f"{name}.{key}".removeprefix(".")
+        if path in KEYS:
+            yield KEYS[path], value
+        elif isinstance(value, dict) and any(k.startswith(f"{path}.") for k in KEYS):
+            yield from settings(value, path)
+        else:
+            valid = [k.removeprefix(f"{name}.") for k in KEYS if k.startswith(name)]
+            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
+            where = f"[{name}]" if name else "the file"
+            raise ValueError(f"unknown key {key!r} in {where}; {hint}")
 
 
 def apply_override(raw: dict, override: str) -> None:
@@ -169,12 +170,13 @@ class Policy(torch.nn.Module):
 
     def forward(self, batch: MultimodalBatch, share: bool) -> tuple[Tensor, Tensor]:
         """(logprobs, entropies), both (b, L), 0 off the loss mask."""
-        states = self.forked_states(batch) if share else self.row_states(batch)  # (N, H)
-        mask = batch.loss_mask.bool()
-        found = token_logprobs(states, batch.input_ids[mask], self.model.get_output_embeddings(),
-                               self.temperature, self.banned)
-        zeros = torch.zeros(mask.shape, device=mask.device)
-        return tuple(zeros.masked_scatter(mask, values) for values in found)
+        mask, device = batch.loss_mask.bool(), batch.input_ids.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # weights are fp32
+            states = self.forked_states(batch) if share else self.row_states(batch)  # (N, H)
+            found = token_logprobs(states, batch.input_ids[mask],
+                                   self.model.get_output_embeddings(),
+                                   self.temperature, self.banned)
+        return tuple(values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
 
     def row_states(self, batch: MultimodalBatch) -> Tensor:
         """(N, H), the state before each token in the loss, every row with its own prompt."""
@@ -237,7 +239,7 @@ class MultimodalGRPOTrainer:
         self.environment = config.env_id and load_environment(config.env_id, config.env_args)
         self.run_dir, self.step = Path(config.output_dir, config.run_name), 0
         self.banned = vision_token_ids(model.config)
-        self.policy = Policy(model, config.temperature, self.banned)
+        self.logprobs = Policy(model, config.temperature, self.banned)
         # dropout would make the trainer another policy than the one that sampled; but
         # Hugging Face checkpoints gradients in training mode alone, and then without a cache
         model.train(config.gradient_checkpointing)
@@ -281,8 +283,6 @@ class MultimodalGRPOTrainer:
         if config.eval_every_steps:
             self.evaluate(generator)
         self.save()
-        if weights:
-            weights.close()
 
     def update(self, outputs: GenerateOutputs) -> dict[str, float]:
         """One optimizer step on the given completions, without a server. Returns its metrics.
@@ -329,11 +329,6 @@ class MultimodalGRPOTrainer:
                                             self.config.divide_by_std)
         return batch
 
-    def logprobs(self, micro: MultimodalBatch, share: bool) -> tuple[Tensor, Tensor]:
-        """Logprobs and entropies (b, L): fp32 weights, computed in bf16 on a GPU, else in fp32."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return self.policy(micro, share)
-
     def calibrate(self, outputs: GenerateOutputs) -> dict[str, float]:
         """Recompute the server's logprobs of some completions and print the largest difference.
 
@@ -367,17 +362,16 @@ class MultimodalGRPOTrainer:
             for share in (False, True):
                 logprobs, _ = self.logprobs(micro, share)
                 (logprobs.sum(1) @ torch.arange(1.0, len(micro) + 1, device=self.device)).backward()
-                norm = torch.nn.utils.get_total_norm(
-                    [p.grad for p in self.model.parameters() if p.grad is not None])
+                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf"))
                 found.append((logprobs.detach(), norm))
-                self.optimizer.zero_grad()
+                self.model.zero_grad()
             (plain, plain_norm), (shared, shared_norm) = found
             off, norm_off = (plain - shared).abs().max(), (shared_norm / plain_norm - 1).abs()
             if off < (1e-4 if self.fp32 else 0.2) and norm_off < (1e-3 if self.fp32 else 0.1):
                 return True
             reason = f"logprobs differ by {off:.1e}, the gradient's norm by {norm_off:.1%}"
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            self.optimizer.zero_grad()
+            self.model.zero_grad()
             reason = f"{type(error).__name__}: {str(error)[:200]}"
         tqdm.write(f"prompts are not shared, every completion is forwarded with its own: {reason}")
         return False
@@ -464,7 +458,8 @@ def command_line(program: str) -> MultimodalRLConfig:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: our server is stopped
+    for number in (signal.SIGINT, signal.SIGTERM):  # unwind, so that a server of ours is stopped
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     return config
 
 
@@ -496,8 +491,5 @@ def served(config: MultimodalRLConfig) -> Iterator[MultimodalGRPOTrainer]:
 
 
 if __name__ == "__main__":
-    try:
-        with served(command_line("train.py")) as trainer:
-            trainer.train()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with served(command_line("train.py")) as trainer:
+        trainer.train()

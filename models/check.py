@@ -68,7 +68,6 @@ def check(trainer, out=print) -> bool:
                  "max_logprob_difference": worst})
     shared = trainer.sharing_is_exact(trainer.build_batch(outputs))
     out({"shared_prompts_exact": shared})
-    weights.close()
     return safe
 
 
