@@ -87,8 +87,8 @@ def test_the_final_checkpoint_scores_the_same_on_a_new_server(server, tmp_path):
                                  vllm_server_port=free_port(), sync_to_vllm_every=0)
     with served(config) as trainer:
         generator, _ = trainer.connect()
-        outputs = generator.evaluate()
-    assert sum(outputs.reward) / len(outputs) == pytest.approx(score, abs=1 / 200)
+        outputs = generator.evaluate(config.eval_samples)
+    assert sum(outputs.reward) / len(outputs) == pytest.approx(score, abs=1 / 800)
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path):
