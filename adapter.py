@@ -61,6 +61,8 @@ class MultimodalAdapter:
 
         The flat list and add_special_tokens=False matter: else some add a BOS or misread images.
         """
+        if self.processor is None:
+            raise ValueError("MultimodalAdapter() has no processor; pass one or write build_batch")
         messages = [{**m, "content": m["content"] if isinstance(m["content"], str) else [
             {"type": "image"} if part["type"] in ("image", "image_url") else part
             for part in m["content"]]} for m in prompt]

@@ -193,7 +193,8 @@ class Generator:
             **self.request, "messages": messages, "n": n, "seed": (self.config.seed << 40) + seed})
         encoded = self.encode(row["prompt"], images) if self.encode else None
         info, answer, rollouts = row.get("info") or {}, row.get("answer", ""), []
-        url = png_data_uri(images[0]) if images else None
+        url = next((part["image_url"]["url"] for m in messages if not isinstance(m["content"], str)
+                    for part in m["content"] if part["type"] == "image_url"), None)
         for choice in reply["choices"]:
             text = choice["message"]["content"] or ""
             scores = {f.__name__: float(f(text, answer, **info)) for f in self.environment.rewards}
