@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from adapter import MultimodalAdapter
 from rollout import GenerateOutputs, Rollout
-from train import MultimodalGRPOTrainer, MultimodalRLConfig, load_config, start_server
+from train import MultimodalGRPOTrainer, MultimodalRLConfig, load_config, make_server
 
 ROOT = Path(__file__).parent
 TINY = str(ROOT / "models" / "tiny-qwen2-vl")
@@ -88,7 +88,7 @@ def server(tmp_path_factory):
     config = load_config(str(ROOT / "config.toml"), [
         f"model={TINY}", f"output_dir={out}", f"vllm_server_port={free_port()}",
         "eval_every_steps=0", "batch_size=32", "rollouts_per_step=4", "micro_batch_size=16"])
-    with start_server(config):
+    with make_server(config):
         yield config
 
 

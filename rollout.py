@@ -8,22 +8,28 @@ import base64
 import importlib
 import inspect
 import io
+import math
 import random
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 
 import requests
 from PIL import Image, ImageOps
-from requests.adapters import HTTPAdapter, Retry
 
 # The sampling distribution must be the softmax that the trainer differentiates. Without these
 # the server applies the model's generation_config.json (top_k=1 in Qwen2-VL's).
 FULL_SOFTMAX = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+IMAGE_SECONDS, IMAGE_BYTES = 20, 2**26  # at most, of an image behind a URL
+
+
+class ServerError(RuntimeError):
+    """The server is gone, hangs or broke off: bring it back, send it the weights, try again."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +64,16 @@ class Rollout:
     finish_reason: str                # "stop" or "length"
     images: list[Image.Image]
     encoded: object = None            # what the adapter made of (prompt, images), if it was asked
+    weight_version: int = 0           # the step whose weights the server had when it was asked
 
 
 class GenerateOutputs(SimpleNamespace):
     """A step's completions as parallel lists, one for each field of Rollout.
 
-    metrics alone is a dict, of one list per reward function. outputs.reward and
-    outputs["reward"] both work.
+    metrics alone is a dict, of one list per reward function. `dropped` says why completions that
+    were asked for are not here. outputs.reward and outputs["reward"] both work.
     """
+    dropped: Sequence[str] = ()
 
     @classmethod
     def from_rollouts(cls, rollouts: list[Rollout]) -> "GenerateOutputs":
@@ -82,7 +90,7 @@ class GenerateOutputs(SimpleNamespace):
 
 
 def load_environment(env_id: str, args: dict) -> Environment:
-    """Call my_env.load_environment(**args), or envs.my_env's; ValueError says where it looked."""
+    """Call my_env.load_environment(**args), or envs.my_env's; ValueError says what is wrong."""
     name = env_id.replace("-", "_").split("/")[-1]
     for module_name in (name, f"envs.{name}"):
         try:
@@ -96,29 +104,60 @@ def load_environment(env_id: str, args: dict) -> Environment:
                 inspect.signature(loader).bind(**args)
             except TypeError as error:
                 raise ValueError(f"environment {env_id!r}: load_environment() {error}") from error
-            return loader(**args)
+            environment = loader(**args)
+            if not len(environment.train):
+                raise ValueError(f"environment {env_id!r}: the train split is empty")
+            if len(environment.weights or environment.rewards) != len(environment.rewards):
+                raise ValueError(f"environment {env_id!r}: it needs one weight for each reward")
+            return environment
     raise ValueError(f"environment {env_id!r}: no load_environment() in a module {name!r} on "
                      f"sys.path ({sys.path[0] or '.'}, ...) or in {Path('envs', name + '.py')}")
 
 
-def load_image(source, timeout: float = 20) -> Image.Image:
-    """RGB pixels of a PIL image, path, URL, data URI, bytes or {"bytes", "path"}; or ValueError."""
+def download(url: str) -> bytes:
+    """The body of an http(s) URL, in IMAGE_SECONDS and IMAGE_BYTES, however slowly it drips."""
+    deadline, body = time.monotonic() + IMAGE_SECONDS, b""
+    with requests.get(url, timeout=IMAGE_SECONDS, stream=True) as response:
+        response.raise_for_status()
+        while piece := response.raw.read1(2**16, decode_content=True):
+            body += piece
+            if len(body) > IMAGE_BYTES or time.monotonic() > deadline:
+                raise ValueError(f"more than {IMAGE_BYTES} bytes or {IMAGE_SECONDS} seconds")
+    return body
+
+
+def load_image(source) -> Image.Image:
+    """RGB pixels of a PIL image, path, URL, data URI, bytes or {"bytes", "path"}; or ValueError.
+
+    16-bit gray is scaled to 8 (Pillow would clip it to white); animations and images that Pillow
+    takes for a decompression bomb are refused: there is no one picture that they stand for.
+    """
     try:
         if isinstance(source, dict):  # Hugging Face datasets, undecoded
             source = source.get("bytes") or source.get("path")
         if isinstance(source, str) and source.startswith("data:"):
             source = base64.b64decode(source.split(",", 1)[1])
-        elif isinstance(source, str) and source.startswith(("http://", "https://")):
-            (response := requests.get(source, timeout=timeout)).raise_for_status()
-            source = response.content
+        elif isinstance(source, str) and "://" in source:
+            if not source.startswith(("http://", "https://")):
+                raise ValueError("of URLs only http, https and data are read")
+            source = download(source)
         source = io.BytesIO(source) if isinstance(source, bytes) else source
         image = source if isinstance(source, Image.Image) else Image.open(source)
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's photo
+            raise ValueError(f"an animation of {image.n_frames} frames; give the frame")
+        if not 0 < image.width * image.height <= Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels")
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = image.convert("I").point(lambda value: value / 257).convert("L")
+        if image.mode in ("I", "F"):
+            raise ValueError(f"mode {image.mode} has no known range; convert it to 8 bits")
         if image.has_transparency_data:  # on white, as vLLM does
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, SyntaxError,
+            Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {str(source)[:80]!r}: {error}") from error
 
 
@@ -152,11 +191,10 @@ class Generator:
 
     def __init__(self, environment: Environment, url: str, config, logit_bias: dict[int, float],
                  encode: Callable | None = None):
-        if not len(environment.train):
-            raise ValueError("the environment's train split is empty")
         self.environment, self.url, self.config, self.encode = environment, url, config, encode
         self.weights = environment.weights or [1.0] * len(environment.rewards)
-        self.pool = ThreadPoolExecutor(config.max_concurrent, thread_name_prefix="rollout")
+        self.version = 0  # of the weights that the server has
+        self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
         self.local = threading.local()  # a session per thread
         self.request = {"model": self.call("get", "/v1/models")["data"][0]["id"],
                         "temperature": config.temperature, "max_tokens": config.max_tokens,
@@ -180,42 +218,83 @@ class Generator:
         return self.run([(rows, i, num_samples, 2**39 + i * num_samples) for i in range(len(rows))])
 
     def run(self, jobs: list[tuple]) -> GenerateOutputs:
-        """Jobs are (rows, index, n, first seed)."""
-        groups = self.pool.map(lambda job: self.group(*job), jobs)
-        return GenerateOutputs.from_rollouts([rollout for group in groups for rollout in group])
+        """Jobs are (rows, index, n, first seed). What failed is left out, and named in `dropped`.
 
-    def group(self, rows: Sequence[dict], index: int, n: int, seed: int) -> list[Rollout]:
-        """One prompt's n completions, scored."""
-        row = rows[index]
-        messages, images = render_prompt(row["prompt"])
-        # vLLM gives sample i of a request the seed + i: neighbours are n apart, none overlap
-        reply = self.call("post", "/v1/chat/completions", {
-            **self.request, "messages": messages, "n": n, "seed": (self.config.seed << 40) + seed})
-        encoded = self.encode(row["prompt"], images) if self.encode else None
-        info, answer, rollouts = row.get("info") or {}, row.get("answer", ""), []
-        url = next((part["image_url"]["url"] for m in messages if not isinstance(m["content"], str)
-                    for part in m["content"] if part["type"] == "image_url"), None)
+        Raises ServerError if the server is lost, RuntimeError if more than max_dropped failed.
+        """
+        dropped: list[tuple[int, Exception]] = []  # (example, why), for each completion
+        groups = self.pool.map(lambda job: self.group(*job, dropped), jobs, chunksize=1)
+        rollouts = [rollout for group in groups for rollout in group]
+        reasons = [f"example {i}: {type(why).__name__}: {why}" for i, why in dropped]
+        if not rollouts or len(dropped) > self.config.max_dropped * sum(n for _, _, n, _ in jobs):
+            hung = any(isinstance(why, requests.Timeout) for _, why in dropped)
+            raise (ServerError if hung else RuntimeError)(
+                f"{self.url}: {len(dropped)} completions failed and {len(rollouts)} did not (see "
+                f"max_dropped); the last: {reasons[-1]}") from dropped[-1][1]
+        outputs = GenerateOutputs.from_rollouts(rollouts)
+        outputs.dropped = reasons
+        return outputs
+
+    def group(self, rows: Sequence[dict], index: int, n: int, seed: int,
+              dropped: list) -> list[Rollout]:
+        """One prompt's completions, scored; what fails goes to dropped, with its error."""
+        rollouts, version = [], self.version
+        try:
+            row = rows[index]
+            messages, images = render_prompt(row["prompt"])
+            # vLLM gives sample i of a request the seed + i: neighbours are n apart, none overlap
+            reply = self.call("post", "/v1/chat/completions", {
+                **self.request, "messages": messages, "n": n,
+                "seed": (self.config.seed << 40) + seed})
+            encoded = self.encode(row["prompt"], images) if self.encode else None
+            url = next((part["image_url"]["url"] for m in messages for part in m["content"]
+                        if isinstance(part, dict) and part["type"] == "image_url"), None)
+        except ServerError:
+            raise
+        except Exception as error:  # an environment's rows and images can fail in any way
+            dropped.extend([(index, error)] * n)
+            return []
         for choice in reply["choices"]:
-            text = choice["message"]["content"] or ""
-            scores = {f.__name__: float(f(text, answer, **info)) for f in self.environment.rewards}
+            text, answer = choice["message"]["content"] or "", row.get("answer", "")
+            try:
+                scores = self.score(text, answer, row.get("info") or {})
+            except Exception as error:  # and so can its reward functions
+                dropped.append((index, error))
+                continue
             rollouts.append(Rollout(
-                prompt=row["prompt"], completion=text, answer=answer, info=info, example_id=index,
+                prompt=row["prompt"], completion=text, answer=answer, info=row.get("info") or {},
                 state={"image_url": url, **row}, images=images, encoded=encoded, metrics=scores,
                 reward=sum(w * s for w, s in zip(self.weights, scores.values(), strict=True)),
                 prompt_ids=reply["prompt_token_ids"], completion_ids=choice["token_ids"],
                 completion_logprobs=[t["logprob"] for t in choice["logprobs"]["content"]],
-                finish_reason=choice["finish_reason"]))
+                finish_reason=choice["finish_reason"], example_id=index, weight_version=version))
         return rollouts
 
+    def score(self, completion: str, answer: str, info: dict) -> dict[str, float]:
+        """The value of each reward function; ValueError if one is no finite number."""
+        scores = {f.__name__: f(completion, answer, **info) for f in self.environment.rewards}
+        for name, value in scores.items():
+            if isinstance(value, str) or value is None or not math.isfinite(value):
+                raise ValueError(f"reward {name} is {value!r}, no finite number")
+        return {name: float(value) for name, value in scores.items()}
+
     def call(self, method: str, route: str, body: dict | None = None) -> dict:
-        """One HTTP call. Raises RuntimeError with what the server answered."""
+        """One HTTP call. Raises ServerError if there is no connection, RuntimeError with what the
+        server answered, requests.Timeout after generation_timeout seconds.
+        """
         if not hasattr(self.local, "session"):
             self.local.session = requests.Session()
-            # a server closes idle connections, perhaps just as we send; the seed makes it safe
-            retry = Retry(5, backoff_factor=0.5, allowed_methods=None)
-            self.local.session.mount("http://", HTTPAdapter(max_retries=retry))
-        response = self.local.session.request(method, self.url + route, json=body,
-                                              timeout=self.config.generation_timeout)
-        if not response.ok:
-            raise RuntimeError(f"{response.url}: {response.status_code} {response.text[:500]}")
-        return response.json()
+        for pause in (0.5, 1, 2, 4, None):  # a busy or restarting server; the seed makes it safe
+            try:
+                response = self.local.session.request(method, self.url + route, json=body,
+                                                      timeout=self.config.generation_timeout)
+            except requests.ConnectionError as error:  # also: it closes connections that idle
+                if pause is None or isinstance(error, requests.Timeout):
+                    raise ServerError(f"no connection to {self.url}: {error}") from error
+            else:
+                if response.ok:
+                    return response.json()
+                if pause is None or response.status_code < 500:
+                    raise RuntimeError(f"{response.url}: {response.status_code} "
+                                       f"{response.text[:500]}")
+            time.sleep(pause)

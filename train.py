@@ -7,15 +7,20 @@ pass of the policy, the trainer and the command line.
 import collections
 import contextlib
 import difflib
+import hashlib
 import json
+import math
+import os
+import random
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy
 import tomli
 import torch
 from torch import Tensor
@@ -26,10 +31,13 @@ import sync
 from adapter import MultimodalAdapter
 from batch import MultimodalBatch
 from loss import group_advantages, grpo_loss, token_logprobs
-from rollout import GenerateOutputs, Generator, load_environment
+from rollout import GenerateOutputs, Generator, ServerError, load_environment
 
 SAMPLED = ("completion", "answer", "reward", "finish_reason")  # what is written of a rollout
-MAY_BE_ZERO = ("mask_ratio_low", "sync_to_vllm_every", "inference_gpus", "trainer_gpus")
+ATTEMPTS = 3  # at anything that needs the server, before the run ends
+CAUSES = ("weights that do not arrive, a server without --logprobs-mode processed_logprobs, another "
+          "dtype or attention kernel, other pixel limits in the server's processor")
+MAY_BE_ZERO = ("max_dropped", "mask_ratio_low", "sync_to_vllm_every", "inference_gpus", "trainer_gpus")
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,14 @@ class MultimodalRLConfig:
     vllm_server_timeout: float = 600        # seconds to come up; also for a weight update
     generation_timeout: float = 600         # seconds for one prompt's completions
     max_concurrent: int = 128               # requests (prompts) in flight
+    max_dropped: float = 0.5                # share of a step's completions that may fail
+    mask_truncated: bool = False            # leave completions cut by max_tokens out of the loss
+    kl_warning: float = 0.05                # mismatch KL of a step from which to warn
     sync_to_vllm_every: int = 1             # steps; 0 = never, on purpose
     log_every_steps: int = 10               # sampled rollouts are written
     save_every_steps: int = 0               # 0 = only at the end
+    keep_checkpoints: int = 2               # the newest ones
+    resume: bool | str = False              # true: from the newest whole checkpoint; or its path
     eval_every_steps: int = 0               # also before the first and after the last step
     eval_samples: int = 1                   # completions per held-out prompt
     wandb_project: str = ""                 # set: log to Weights & Biases too
@@ -84,11 +97,16 @@ class MultimodalRLConfig:
                 name = getattr(f.type, "__name__", f.type)
                 raise ValueError(f"{f.name} must be of type {name}, not {value!r}")
             may_be_zero = f.default == 0 or f.name in MAY_BE_ZERO
-            if f.type in (int, float) and (value < 0 or value == 0 and not may_be_zero):
+            if f.type in (int, float) and not (0 < value < math.inf or value == 0 and may_be_zero):
                 raise ValueError(f"{f.name} must be above 0, not {value}")
         if self.batch_size % self.rollouts_per_step or self.group_size < 2:
             raise ValueError(f"batch_size {self.batch_size} must be rollouts_per_step "
                              f"{self.rollouts_per_step} times G, the group size, at least 2")
+        for name, high in (("mask_ratio_low", 1), ("clip_low", 1), ("vllm_server_port", 65535)):
+            if getattr(self, name) > high:
+                raise ValueError(f"{name} must be at most {high}, not {getattr(self, name)}")
+        if self.mask_ratio_high < 1:
+            raise ValueError(f"mask_ratio_high must be at least 1, not {self.mask_ratio_high}")
 
     @property
     def group_size(self) -> int:
@@ -112,10 +130,12 @@ KEYS |= {f"trainer.args.{f.name}": f.name for f in fields(MultimodalRLConfig)
 def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
     """A TOML file and overrides ("seed=1", "env.args.n=3", "model=DIR"); ValueError in one line."""
     try:
-        raw = tomli.loads(Path(path).read_text())
+        found = dict(settings(tomli.loads(Path(path).read_text())))
         for override in overrides:
-            apply_override(raw, override)
-        config = MultimodalRLConfig(**dict(settings(raw)))
+            for name, value in settings(read_override(override)):
+                merge = isinstance(value, dict) and isinstance(found.get(name), dict)
+                found[name] = found[name] | value if merge else value
+        config = MultimodalRLConfig(**found)
         if not config.model or not config.env_id:
             raise ValueError('it must set model = "..." and [env] id = "..."')
         return config
@@ -129,7 +149,9 @@ def settings(table: dict, name: str = "") -> Iterator[tuple[str, object]]:
         path = f"{name}.{key}".removeprefix(".")
         if path in KEYS:
             yield KEYS[path], value
-        elif isinstance(value, dict) and any(k.startswith(f"{path}.") for k in KEYS):
+        elif any(k.startswith(f"{path}.") for k in KEYS):
+            if not isinstance(value, dict):
+                raise ValueError(f"{path} must be a table, not {value!r}")
             yield from settings(value, path)
         else:
             valid = [k.removeprefix(f"{name}.") for k in KEYS if k.startswith(name)]
@@ -139,19 +161,14 @@ def settings(table: dict, name: str = "") -> Iterator[tuple[str, object]]:
             raise ValueError(f"unknown key {key!r} in {where}; {hint}")
 
 
-def apply_override(raw: dict, override: str) -> None:
-    """Set one key of the raw tables; a bare key is one of [trainer.args] (or `model`)."""
+def read_override(override: str) -> dict:
+    """"key=value" as tables; a bare key is one of [trainer.args], a bare word a string."""
     key, equals, text = override.partition("=")
-    try:
-        value = tomli.loads(f"value = {text}")["value"]
-    except tomli.TOMLDecodeError:
-        value = text  # a bare string
-    *tables, last = key.split(".") if "." in key or key == "model" else ["trainer", "args", key]
-    for table in tables:
-        raw = raw.setdefault(table, {})
-        if not isinstance(raw, dict) or not equals:
-            raise ValueError(f"override {override!r} is not key=value or table.key=value")
-    raw[last] = value
+    key = key if "." in key or key == "model" else f"trainer.args.{key}"
+    for value in (text, json.dumps(text)) if equals else ():
+        with contextlib.suppress(tomli.TOMLDecodeError):
+            return tomli.loads(f"{key} = {value}")
+    raise ValueError(f"override {override!r} is not key=value or table.key=value")
 
 
 def vision_token_ids(model_config) -> list[int]:
@@ -235,9 +252,12 @@ class MultimodalGRPOTrainer:
     def __init__(self, model, tokenizer, adapter: MultimodalAdapter, config: MultimodalRLConfig):
         self.model, self.tokenizer, self.adapter, self.config = model, tokenizer, adapter, config
         self.device = next(model.parameters()).device
-        self.fp32 = self.device.type == "cpu" and model.dtype == torch.float32
+        on_gpu = self.device.type == "cuda"
+        self.fp32 = not on_gpu and model.dtype == torch.float32
         self.environment = config.env_id and load_environment(config.env_id, config.env_args)
-        self.run_dir, self.step = Path(config.output_dir, config.run_name), 0
+        self.run_dir = Path(config.output_dir, config.run_name)
+        self.step = self.bad_steps = self.stopping = 0
+        self.saved = self.generator = None
         self.banned = vision_token_ids(model.config)
         self.logprobs = Policy(model, config.temperature, self.banned)
         # dropout would make the trainer another policy than the one that sampled; but
@@ -245,7 +265,7 @@ class MultimodalGRPOTrainer:
         model.train(config.gradient_checkpointing)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.can_share = False if config.gradient_checkpointing else config.share_prompt
+        self.can_share, self.calibrated = not config.gradient_checkpointing, False
         if config.freeze_vision:
             model.requires_grad_(False)
             for part in (model.get_decoder(), model.get_output_embeddings()):
@@ -255,47 +275,103 @@ class MultimodalGRPOTrainer:
                                            weight_decay=config.weight_decay)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1.0, (step + 1) / max(1, config.warmup_steps)))
+        self.server = sync.Server(config.url, config.vllm_server_timeout)
+        self.weights = sync.WeightSync(
+            config.url, sync.CheckpointSource(model, torch.bfloat16 if on_gpu else None),
+            "nccl" if on_gpu else "gloo", config.vllm_server_timeout)
 
     def train(self) -> None:
-        """Roll out, update, sync, until max_steps. The server must be up, or come up in time."""
-        config, (generator, weights) = self.config, self.connect()
+        """Roll out, update, sync, until max_steps. The server must be up, or come up in time.
+
+        Continues an earlier run if config.resume says so. An error leaves a checkpoint behind.
+        """
+        config = self.config
+        self.resume()
+        self.connect()
         bar = tqdm(total=config.max_steps, initial=self.step)
-        while self.step < config.max_steps:
-            if config.eval_every_steps and self.step % config.eval_every_steps == 0:
-                self.evaluate(generator)
-            clock = [time.perf_counter()]
-            outputs = generator.train_step(self.step, config.rollouts_per_step, config.group_size)
-            clock.append(time.perf_counter())
-            if bar.n == bar.initial:
-                self.calibrate(outputs)
-            metrics = self.update(outputs)
-            clock.append(time.perf_counter())
-            if weights and self.step % config.sync_to_vllm_every == 0:
-                weights.send(self.step)
-            clock.append(time.perf_counter())
-            self.log(metrics, clock, outputs)
-            bar.set_postfix({name: f"{metrics[name]:.3g}" for name in
-                             ("loss", "ir", "ent", "kl", "reward")}, refresh=False)
-            bar.update()
-            if config.save_every_steps and self.step % config.save_every_steps == 0:
-                self.save()
+        try:
+            while self.step < config.max_steps and not self.stopping:
+                if config.eval_every_steps and self.step % config.eval_every_steps == 0:
+                    self.evaluate()
+                clock = [time.perf_counter()]
+                outputs = self.with_server(self.rollouts)
+                clock.append(time.perf_counter())
+                metrics = self.update(outputs)
+                clock.append(time.perf_counter())
+                if config.sync_to_vllm_every and self.step % config.sync_to_vllm_every == 0:
+                    self.with_server(self.send_weights)
+                clock.append(time.perf_counter())
+                self.log(metrics, clock, outputs)
+                bar.set_postfix({name: f"{metrics[name]:.3g}" for name in
+                                 ("loss", "ir", "ent", "kl", "reward")}, refresh=False)
+                bar.update()
+                if config.save_every_steps and self.step % config.save_every_steps == 0:
+                    self.save()
+        except Exception:
+            self.save()
+            raise
         bar.close()
-        if config.eval_every_steps:
-            self.evaluate(generator)
         self.save()
+        if config.eval_every_steps and not self.stopping:
+            self.evaluate()
+
+    def stop(self, number: int = signal.SIGTERM, _frame=None) -> None:
+        """End train() after the step at hand, with a checkpoint; called again: exit at once."""
+        if self.stopping:
+            sys.exit(128 + number)
+        self.stopping = number
+        tqdm.write("stopping after this step; once more to stop at once")
+
+    def connect(self) -> None:
+        """Wait for the server; send it our weights, whatever it served before."""
+        config = self.config
+        if not self.environment or (config.eval_every_steps and not len(self.environment.eval)):
+            raise ValueError("there is no environment, or no held-out split to evaluate on: check "
+                             "env_id and eval_every_steps")
+        self.server.wait()
+        self.generator = Generator(self.environment, config.url, config,
+                                   {i: -100 for i in self.banned},
+                                   self.adapter.encode if self.adapter.processor else None)
+        self.with_server(self.send_weights)
+
+    def with_server(self, action):
+        """action(); after a ServerError again, with the server restored and our weights on it."""
+        for attempt in range(ATTEMPTS):
+            try:
+                if attempt:
+                    self.server.restore()
+                    self.send_weights()
+                return action()
+            except ServerError as error:
+                if attempt == ATTEMPTS - 1:
+                    raise
+                tqdm.write(f"{error}; restoring the server")
+
+    def send_weights(self) -> None:
+        """To the server, now, unless they are never synced, on purpose."""
+        if self.config.sync_to_vllm_every:
+            self.weights.send(self.step)
+            self.generator.version = self.step
+
+    def rollouts(self) -> GenerateOutputs:
+        """This step's completions."""
+        config = self.config
+        return self.generator.train_step(self.step, config.rollouts_per_step, config.group_size)
 
     def update(self, outputs: GenerateOutputs) -> dict[str, float]:
         """One optimizer step on the given completions, without a server. Returns its metrics.
 
-        Equal example_id make a group. ir, ent, kl and the like are means over forwarded tokens.
+        Equal example_id make a group. ir, ent, kl and the like are means over forwarded tokens. A
+        loss or gradient that is not finite skips the step and leaves its batch in run_dir;
+        RuntimeError at the third in a row.
         """
         config, batch = self.config, self.build_batch(outputs)
-        if self.can_share is None:
-            self.can_share = self.sharing_is_exact(batch)
+        if not self.calibrated:
+            self.calibrate(batch)
         num_tokens, sums = batch.loss_mask.sum().item(), collections.Counter()
         for micro in batch.micro_batches(config.micro_batch_size):
-            share = self.can_share and (config.share_prompt or micro.sharing_pays(
-                self.model.config.get_text_config().hidden_size))
+            share = self.can_share and (micro.sharing_pays() if config.share_prompt is None
+                                        else config.share_prompt)
             micro = micro.to(self.device)
             loss, part = grpo_loss(
                 *self.logprobs(micro, share), micro.behavior_logprobs, micro.advantages,
@@ -307,7 +383,12 @@ class MultimodalGRPOTrainer:
                         cells=micro.input_ids.numel(), real=micro.attention_mask.sum().item(),
                         shared=share * len(micro))
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        self.optimizer.step()
+        skipped = not (math.isfinite(sums["loss"]) and grad_norm.isfinite())
+        if skipped:
+            self.skip(batch)
+        else:
+            self.optimizer.step()
+            self.bad_steps = 0
         self.optimizer.zero_grad()
         lr = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
@@ -315,9 +396,22 @@ class MultimodalGRPOTrainer:
         means = {name: sums[name] / max(sums["tokens"], 1)
                  for name in ("ir", "ent", "kl", "masked_fraction", "clip_fraction")}
         return {"step": self.step, "loss": sums["loss"], **means, "grad_norm": grad_norm.item(),
-                "lr": lr, "tokens": num_tokens, "shared_fraction": sums["shared"] / len(batch),
+                "lr": lr, "skipped": int(skipped), "tokens": num_tokens,
+                "shared_fraction": sums["shared"] / len(batch),
                 "padding_fraction": 1 - sums["real"] / max(sums["cells"], 1),
                 **rollout_metrics(batch, outputs)}
+
+    def skip(self, batch: MultimodalBatch) -> None:
+        """Dump a batch whose loss or gradient is not finite; end the run at the third in a row."""
+        self.bad_steps += 1
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        path = self.run_dir / f"bad-batch-{self.step + 1}.pt"
+        torch.save(vars(batch), path)  # torch.load reads it with weights_only=True
+        message = f"step {self.step + 1}: loss or gradient is not finite; see {path}"
+        if self.bad_steps == 3:
+            raise RuntimeError(f"{message}; the third in a row: lower learning_rate, or look there "
+                               "for tokens or pixels that this model cannot compute")
+        tqdm.write(f"{message}; the optimizer step is skipped")
 
     def build_batch(self, outputs: GenerateOutputs) -> MultimodalBatch:
         """The adapter's batch with advantages, and without sampled vision tokens."""
@@ -325,77 +419,55 @@ class MultimodalGRPOTrainer:
         if len(batch) != len(outputs):
             raise ValueError(f"build_batch made {len(batch)} rows of {len(outputs)} completions")
         batch = batch.cut_at(self.banned)
+        if self.config.mask_truncated:
+            batch.loss_mask[torch.tensor([f == "length" for f in outputs.finish_reason])] = 0
         batch.advantages = group_advantages(batch.rewards, torch.tensor(outputs.example_id),
                                             self.config.divide_by_std)
         return batch
 
-    def calibrate(self, outputs: GenerateOutputs) -> dict[str, float]:
-        """Recompute the server's logprobs of some completions and print the largest difference.
+    def calibrate(self, batch: MultimodalBatch) -> dict[str, float]:
+        """Recompute a few completions, prompts shared and not; print how far the server's are off.
 
-        RuntimeError if the dtype does not explain it, unless weights are never synced, on purpose.
+        Prompts will not be shared if that fails, or changes logprobs or gradient (as a detached
+        cache would). RuntimeError if the server is another policy than the dtype explains.
         """
-        batch, differences = self.build_batch(outputs), []
-        for rows in torch.linspace(0, len(batch) - 1, min(32, len(batch))).long().split(4):
-            micro = batch.select(rows).to(self.device)
-            with torch.no_grad():
-                logprobs, _ = self.logprobs(micro, share=False)
-            differences.append((logprobs - micro.behavior_logprobs)[micro.loss_mask.bool()])
-        off = torch.cat(differences)
+        self.calibrated, found, why = True, [], ""
+        first = torch.linspace(0, max(0, len(batch) - 2), self.config.micro_batch_size // 2 or 1)
+        rows = torch.cat([first[:4].long(), first[:4].long() + 1]).clamp(max=len(batch) - 1)
+        micro = batch.select(rows.unique()).to(self.device)
+        for share in (False, True)[:1 + self.can_share]:
+            try:
+                logprobs, _ = self.logprobs(micro, share)
+                (logprobs.sum(1) @ torch.arange(1.0, len(micro) + 1, device=self.device)).backward()
+                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)
+                found.append((logprobs.detach(), norm))
+            except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+                if not share:
+                    raise
+                why = f"{type(error).__name__}: {str(error)[:200]}"
+            self.model.zero_grad()
+        if len(found) == 2:
+            (plain, norm), (shared, shared_norm) = found
+            off, norm_off = (plain - shared).abs().max(), (shared_norm / norm - 1).abs()
+            if off > (1e-4 if self.fp32 else 0.2) or norm_off > (1e-3 if self.fp32 else 0.1):
+                why = f"logprobs differ by {off:.1e}, the gradient's norm by {norm_off:.1%}"
+        if why:
+            self.can_share = False
+            tqdm.write(f"prompts are not shared, every completion is forwarded with its own: {why}")
+        off = (found[0][0] - micro.behavior_logprobs)[micro.loss_mask.bool()]
         found = {"max": off.abs().max().item(), "mean": off.abs().mean().item(),
                  "kl": (off.expm1() - off).mean().item()}
         tqdm.write(f"trainer and server: logprobs of {len(off)} tokens differ by {found['max']:.1e}"
                    f" at most, {found['mean']:.1e} in the mean; mismatch KL {found['kl']:.1e}")
-        if found["mean"] > (1e-4 if self.fp32 else 0.05) and self.config.sync_to_vllm_every:
-            raise RuntimeError(f"trainer and server are different policies ({found}): check "
-                               "--logprobs-mode processed_logprobs, --dtype, the processor's pixel "
-                               "limits, and whether vLLM computes this model as transformers does")
+        if (self.generator and self.config.sync_to_vllm_every
+                and found["mean"] > (1e-4 if self.fp32 else 0.05)):
+            raise RuntimeError(f"trainer and server are different policies ({found}): {CAUSES}, or "
+                               "vLLM does not compute this model as transformers does")
         return found
 
-    def sharing_is_exact(self, batch: MultimodalBatch) -> bool:
-        """Compute a few completions both ways; a detached cache would show in the gradient."""
-        trained = batch.loss_mask.bool().any(1)
-        if not trained.any():
-            return False
-        rows = trained & (batch.prompt_index == batch.prompt_index[trained].mode()[0])
-        micro, found = batch.select(rows.nonzero()[:3, 0]).to(self.device), []
-        try:
-            for share in (False, True):
-                logprobs, _ = self.logprobs(micro, share)
-                (logprobs.sum(1) @ torch.arange(1.0, len(micro) + 1, device=self.device)).backward()
-                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf"))
-                found.append((logprobs.detach(), norm))
-                self.model.zero_grad()
-            (plain, plain_norm), (shared, shared_norm) = found
-            off, norm_off = (plain - shared).abs().max(), (shared_norm / plain_norm - 1).abs()
-            if off < (1e-4 if self.fp32 else 0.2) and norm_off < (1e-3 if self.fp32 else 0.1):
-                return True
-            reason = f"logprobs differ by {off:.1e}, the gradient's norm by {norm_off:.1%}"
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            self.model.zero_grad()
-            reason = f"{type(error).__name__}: {str(error)[:200]}"
-        tqdm.write(f"prompts are not shared, every completion is forwarded with its own: {reason}")
-        return False
-
-    def connect(self) -> tuple[Generator, sync.WeightSync | None]:
-        """Wait for the server; send it our weights, whatever it served before."""
-        config, on_gpu = self.config, self.device.type == "cuda"
-        if not self.environment or (config.eval_every_steps and not len(self.environment.eval)):
-            raise ValueError("there is no environment, or no held-out split to evaluate on: check "
-                             "env_id and eval_every_steps")
-        sync.wait_until_healthy(config.url, config.vllm_server_timeout)
-        generator = Generator(self.environment, config.url, config, {i: -100 for i in self.banned},
-                              self.adapter.encode if self.adapter.processor else None)
-        if not config.sync_to_vllm_every:
-            return generator, None
-        source = sync.CheckpointSource(self.model, torch.bfloat16 if on_gpu else None)
-        weights = sync.WeightSync(config.url, source, "nccl" if on_gpu else "gloo",
-                                  config.vllm_server_timeout)
-        weights.send(self.step)
-        return generator, weights
-
-    def evaluate(self, generator: Generator) -> None:
+    def evaluate(self) -> None:
         """Print and log the mean reward on the held-out split, sampled as in training."""
-        outputs = generator.evaluate(self.config.eval_samples)
+        outputs = self.with_server(lambda: self.generator.evaluate(self.config.eval_samples))
         means = {f"eval/{name}": sum(values) / len(outputs) for name, values in
                  {"reward": outputs.reward, **outputs.metrics}.items()}
         self.write({"step": self.step, **means})
@@ -407,6 +479,10 @@ class MultimodalGRPOTrainer:
         seconds = [end - start for start, end in zip(clock, clock[1:])]
         self.write({**metrics, "tokens_per_second": metrics["tokens"] / sum(seconds),
                     **dict(zip(("seconds_rollout", "seconds_train", "seconds_sync"), seconds))})
+        for reason, count in collections.Counter(outputs.dropped).most_common(3):
+            tqdm.write(f"step {self.step}: {count} completions dropped: {reason[:300]}")
+        if metrics["kl"] > self.config.kl_warning:
+            tqdm.write(f"step {self.step}: mismatch KL {metrics['kl']:.2g}, usually from {CAUSES}")
         if self.step % self.config.log_every_steps == 0:
             folder = self.run_dir / "rollouts" / f"step-{self.step}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -420,7 +496,6 @@ class MultimodalGRPOTrainer:
 
     def write(self, metrics: dict[str, float]) -> None:
         """Append to metrics.jsonl, and to Weights & Biases where it is asked for."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         with open(self.run_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         if self.config.wandb_project:
@@ -430,9 +505,106 @@ class MultimodalGRPOTrainer:
             run.log(metrics, step=self.step)
 
     def save(self) -> None:
-        """Write run_dir/checkpoint-STEP, which from_pretrained and vLLM both load."""
+        """Write run_dir/checkpoint-STEP: for from_pretrained, for vLLM, and to resume from.
+
+        It appears whole or not at all, and older ones go only after that.
+        """
+        if self.saved == self.step:
+            return
+        partial, target = self.run_dir / "unfinished", self.run_dir / f"checkpoint-{self.step}"
+        for path in (partial, target):  # a damaged one may be there
+            shutil.rmtree(path, ignore_errors=True)
         for part in (self.model, self.adapter.processor or self.tokenizer):
-            part.save_pretrained(self.run_dir / f"checkpoint-{self.step}")
+            part.save_pretrained(partial)
+        generator = numpy.random.get_state()
+        torch.save({"step": self.step, "optimizer": self.optimizer.state_dict(),
+                    "scheduler": self.scheduler.state_dict(), "torch": torch.get_rng_state(),
+                    "cuda": torch.cuda.get_rng_state_all(), "python": random.getstate(),
+                    "numpy": (generator[0], generator[1].tolist(), *generator[2:]),
+                    "metrics_bytes": (self.run_dir / "metrics.jsonl").stat().st_size},
+                   partial / "trainer.pt")
+        sums = checksums(partial)
+        (partial / "checksums.json").write_text(json.dumps(sums))
+        for path in (*partial.rglob("*"), partial):
+            flush(path)
+        partial.rename(target)
+        flush(self.run_dir)
+        self.saved = self.step
+        for path in list(self.checkpoints().values())[self.config.keep_checkpoints:]:
+            shutil.rmtree(path)
+
+    def checkpoints(self) -> dict[int, Path]:
+        """{step: path} of this run, the newest first."""
+        found = {int(p.name.removeprefix("checkpoint-")): p
+                 for p in self.run_dir.glob("checkpoint-*")}
+        return dict(sorted(found.items(), reverse=True))
+
+    def resume(self) -> None:
+        """Load the checkpoint that config.resume asks for, and forget what came after it.
+
+        Of this run's own the newest whole one, or none; ValueError if a given path is damaged.
+        Files of a past that is not continued go to earlier-SECONDS/.
+        """
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        wanted, own, source = self.config.resume, self.checkpoints(), None
+        metrics = self.run_dir / "metrics.jsonl"
+        for path in [Path(wanted)] if isinstance(wanted, str) else own.values() if wanted else []:
+            if is_whole(path):
+                source, state = path, self.load(path)
+                break
+            tqdm.write(f"{path} is damaged or incomplete")
+        if source is None and isinstance(wanted, str):
+            raise ValueError(f"resume = {wanted!r} is no whole checkpoint")
+        if source and own.get(self.step, source).samefile(source) and self.step in own:
+            past = [path for step, path in own.items() if step > self.step]
+            if metrics.exists():
+                os.truncate(metrics, min(state["metrics_bytes"], metrics.stat().st_size))
+        else:
+            past = [*own.values(), *self.run_dir.glob("metrics.jsonl"),
+                    *self.run_dir.glob("rollouts")]
+        for path in past:
+            folder = self.run_dir / f"earlier-{int(time.time())}"
+            folder.mkdir(exist_ok=True)
+            path.rename(folder / path.name)
+        metrics.touch()
+        self.saved = self.step
+
+    def load(self, path: Path) -> dict:
+        """Weights, optimizer, scheduler, step and random generators of a checkpoint."""
+        state = torch.load(path / "trainer.pt", weights_only=True)
+        saved = type(self.model).from_pretrained(path, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step = state["step"]
+        torch.set_rng_state(state["torch"])
+        torch.cuda.set_rng_state_all(state["cuda"])
+        random.setstate(state["python"])
+        numpy.random.set_state(state["numpy"])
+        tqdm.write(f"resumed from {path}")
+        return state
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """{file name: SHA-256}, without the list of them itself."""
+    return {str(path.relative_to(folder)): hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != "checksums.json"}
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file of the checkpoint is there, with the bytes that were written."""
+    try:
+        return json.loads((checkpoint / "checksums.json").read_text()) == checksums(checkpoint)
+    except (OSError, ValueError):
+        return False
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def rollout_metrics(batch: MultimodalBatch, outputs: GenerateOutputs) -> dict[str, float]:
@@ -443,53 +615,67 @@ def rollout_metrics(batch: MultimodalBatch, outputs: GenerateOutputs) -> dict[st
     return {**{name: sum(values) / len(values) for name, values in means.items()},
             "reward_std": batch.rewards.std(correction=0).item(),
             "zero_advantage_groups": 1 - alive, "completion_length": lengths.mean().item(),
-            "completion_length_max": lengths.max().item(),
+            "completion_length_max": lengths.max().item(), "dropped": len(outputs.dropped),
             "truncated_fraction": outputs.finish_reason.count("length") / len(outputs)}
 
 
-def command_line(program: str) -> MultimodalRLConfig:
-    """sys.argv: "@ config.toml key=value ..."; exit code 2 and one line for a mistake."""
-    words = " ".join(sys.argv[1:2]).removeprefix("@").split() + sys.argv[2:]
+@contextlib.contextmanager
+def mistakes() -> Iterator[None]:
+    """A ValueError in here is a mistake of the user's: one line and exit code 2."""
     try:
-        if not words or not sys.argv[1].startswith("@"):
-            raise ValueError(f"usage: python {program} @ config.toml [key=value ...]")
-        config = load_config(words[0], words[1:])
-        load_environment(config.env_id, config.env_args)
+        yield
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+def command_line(program: str) -> MultimodalRLConfig:
+    """sys.argv: "@ config.toml key=value ..."; ValueError for a mistake in it or in the config."""
     for number in (signal.SIGINT, signal.SIGTERM):  # unwind, so that a server of ours is stopped
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    return config
+    words = " ".join(sys.argv[1:2]).removeprefix("@").split() + sys.argv[2:]
+    if not words or not sys.argv[1].startswith("@"):
+        raise ValueError(f"usage: python {program} @ config.toml [key=value ...]")
+    return load_config(words[0], words[1:])
 
 
-@contextlib.contextmanager
-def start_server(config: MultimodalRLConfig) -> Iterator[subprocess.Popen]:
-    """vLLM on the first inference_gpus GPUs, or on the CPU where there are none; waits for it."""
+def make_server(config: MultimodalRLConfig) -> sync.Server:
+    """vLLM on the first inference_gpus GPUs, or on the CPU where there are none; not yet started."""
     gpus = config.inference_gpus if torch.cuda.is_available() else 0
     command = sync.server_command(config.model, config.vllm_server_port, gpus,
                                   config.inference_args)
-    log_path = Path(config.output_dir, config.run_name, "vllm.log")
-    with sync.run_server(command, gpus, log_path) as process:
-        sync.wait_until_healthy(config.url, config.vllm_server_timeout, process, log_path)
-        yield process
+    return sync.Server(config.url, config.vllm_server_timeout, command, gpus,
+                       Path(config.output_dir, config.run_name, "vllm.log"))
 
 
 @contextlib.contextmanager
 def served(config: MultimodalRLConfig) -> Iterator[MultimodalGRPOTrainer]:
     """A trainer with its server: the one that is up, else our own, if the host is this machine."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    local = config.vllm_server_host in sync.LOCAL_HOSTS
-    own = local and not sync.is_healthy(config.url)
-    with start_server(config) if own else contextlib.nullcontext():
-        model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=torch.float32)
+    try:
         processor = AutoProcessor.from_pretrained(config.model)
+    except OSError as error:
+        raise ValueError(f"model {config.model!r}: {error}") from error
+    if config.env_id:
+        load_environment(config.env_id, config.env_args)
+    server, local = make_server(config), config.vllm_server_host in sync.LOCAL_HOSTS
+    if not local or server.is_healthy():
+        server.command = ()
+    with server:
+        model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=torch.float32)
         if torch.cuda.is_available():  # on the first GPU that is not the server's
             model.to(f"cuda:{config.inference_gpus if local else 0}")
-        adapter = MultimodalAdapter(processor)
-        yield MultimodalGRPOTrainer(model, processor.tokenizer, adapter, config)
+        trainer = MultimodalGRPOTrainer(model, processor.tokenizer, MultimodalAdapter(processor),
+                                        config)
+        trainer.server = server
+        yield trainer
 
 
 if __name__ == "__main__":
-    with served(command_line("train.py")) as trainer:
+    with contextlib.ExitStack() as stack:
+        with mistakes():
+            trainer = stack.enter_context(served(command_line("train.py")))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, trainer.stop)
         trainer.train()
+        sys.exit(trainer.stopping and 128 + trainer.stopping)

@@ -52,7 +52,7 @@ def largest_differences(trainer, outputs) -> dict[int, float]:
 def check(trainer, out=print) -> bool:
     """Run all rounds against the trainer's server; whether every difference is in tolerance."""
     tolerance = TOLERANCE[trainer.device.type]
-    generator, weights = trainer.connect()
+    trainer.connect()
     safe, generator_seed = True, torch.Generator().manual_seed(0)
     for version in range(ROUNDS):
         if version:
@@ -60,14 +60,14 @@ def check(trainer, out=print) -> bool:
                 for p in trainer.model.parameters():
                     noise = torch.randn(p.shape, generator=generator_seed).to(p)
                     p += 0.05 * p.std(correction=0) * noise
-            weights.send(version)
-        outputs = generator.train_step(version, len(trainer.environment.train), 2)
+            trainer.weights.send(version)
+        outputs = trainer.generator.train_step(version, len(trainer.environment.train), 2)
         for count, worst in largest_differences(trainer, outputs).items():
             safe &= worst <= tolerance
             out({"images": count, "weight_version": version, "same_ids": True,
                  "max_logprob_difference": worst})
-    shared = trainer.sharing_is_exact(trainer.build_batch(outputs))
-    out({"shared_prompts_exact": shared})
+    trainer.calibrate(trainer.build_batch(outputs))
+    out({"shared_prompts_exact": trainer.can_share})
     return safe
 
 
