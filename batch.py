@@ -126,12 +126,20 @@ class MultimodalBatch:
         extra = {name: v.to(device) for name, v in self.extra_model_kwargs.items()}
         return replace(self, **moved, extra_model_kwargs=extra)
 
-    def sharing_pays(self) -> bool:
-        """Whether clearly fewer tokens are forwarded if each prompt is forwarded only once."""
-        prompts, longest = self.prompt_lengths(), self.lengths().max()
-        rest = (self.lengths() - prompts).max()
-        shared = (self.prompt_index.max() + 1) * prompts.max() + len(self) * rest
-        return bool(shared < 0.9 * len(self) * longest)
+    def sharing_pays(self, hidden_size: int) -> bool:
+        """Whether forwarding each prompt once is clearly less work, in tokens of a layer of size H.
+
+        A token costs about 24 H^2 flops, a pair in attention 4 H; a patch counts as a token.
+        """
+        def cost(rows, queries, keys):
+            return rows * queries * (1 + keys / (6 * hidden_size))
+
+        prompts, length = self.prompt_lengths(), self.lengths().max()
+        prompt, rest = prompts.max(), (self.lengths() - prompts).max()
+        b, p = len(self), int(self.prompt_index.max()) + 1
+        patches = torch.tensor(self.image_rows.get("pixel_values", [0] * p))
+        shared = cost(p, prompt, prompt) + cost(b, rest, prompt + rest) + patches.sum()
+        return bool(shared < 0.9 * (cost(b, length, length) + patches[self.prompt_index].sum()))
 
     def fork(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """The rows cut where the prompt ends: (prompts, completions, what is trained).

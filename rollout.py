@@ -4,6 +4,7 @@ An Environment is data and judgement: rows of chat prompts with images, and rewa
 Generator sends one chat-completions request per prompt with n=G to vLLM, scores what comes back and
 hands over GenerateOutputs, with token ids and logprobs just as the server sampled them.
 """
+import atexit
 import base64
 import importlib
 import inspect
@@ -16,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
 from types import SimpleNamespace
 
 import requests
@@ -64,14 +64,12 @@ class Rollout:
     finish_reason: str                # "stop" or "length"
     images: list[Image.Image]
     encoded: object = None            # what the adapter made of (prompt, images), if it was asked
-    weight_version: int = 0           # the step whose weights the server had when it was asked
 
 
 class GenerateOutputs(SimpleNamespace):
-    """A step's completions as parallel lists, one for each field of Rollout.
+    """A step's completions as parallel lists, by attribute or key: one for each field of Rollout.
 
-    metrics alone is a dict, of one list per reward function. `dropped` says why completions that
-    were asked for are not here. outputs.reward and outputs["reward"] both work.
+    metrics alone is a dict, of one list per reward function; dropped says why some are missing.
     """
     dropped: Sequence[str] = ()
 
@@ -79,8 +77,8 @@ class GenerateOutputs(SimpleNamespace):
     def from_rollouts(cls, rollouts: list[Rollout]) -> "GenerateOutputs":
         """Transpose; rollouts must not be empty."""
         columns = {f.name: [getattr(r, f.name) for r in rollouts] for f in fields(Rollout)}
-        names = rollouts[0].metrics
-        return cls(**columns | {"metrics": {n: [r.metrics[n] for r in rollouts] for n in names}})
+        columns["metrics"] = {n: [r.metrics[n] for r in rollouts] for n in rollouts[0].metrics}
+        return cls(**columns)
 
     def __getitem__(self, name: str):
         return vars(self)[name]
@@ -91,31 +89,32 @@ class GenerateOutputs(SimpleNamespace):
 
 def load_environment(env_id: str, args: dict) -> Environment:
     """Call my_env.load_environment(**args), or envs.my_env's; ValueError says what is wrong."""
-    name = env_id.replace("-", "_").split("/")[-1]
+    name, where = env_id.replace("-", "_").split("/")[-1], f"environment {env_id!r}:"
     for module_name in (name, f"envs.{name}"):
         try:
             loader = getattr(importlib.import_module(module_name), "load_environment", None)
         except ModuleNotFoundError as error:
             if error.name not in (module_name, "envs"):
-                raise  # the environment is there; something that it imports is not
+                raise ValueError(f"{where} {module_name} needs {error.name}") from error
             continue
-        if loader is not None:
-            try:
-                inspect.signature(loader).bind(**args)
-            except TypeError as error:
-                raise ValueError(f"environment {env_id!r}: load_environment() {error}") from error
-            environment = loader(**args)
-            if not len(environment.train):
-                raise ValueError(f"environment {env_id!r}: the train split is empty")
-            if len(environment.weights or environment.rewards) != len(environment.rewards):
-                raise ValueError(f"environment {env_id!r}: it needs one weight for each reward")
-            return environment
-    raise ValueError(f"environment {env_id!r}: no load_environment() in a module {name!r} on "
-                     f"sys.path ({sys.path[0] or '.'}, ...) or in {Path('envs', name + '.py')}")
+        if loader is None:
+            continue
+        try:
+            inspect.signature(loader).bind(**args)
+        except TypeError as error:
+            raise ValueError(f"{where} load_environment() {error}") from error
+        environment = loader(**args)
+        if not len(environment.train):
+            raise ValueError(f"{where} the train split is empty")
+        if len(environment.weights or environment.rewards) != len(environment.rewards):
+            raise ValueError(f"{where} it needs one weight for each reward")
+        return environment
+    raise ValueError(f"{where} no load_environment() in a module {name!r} on sys.path "
+                     f"({sys.path[0] or '.'}, ...) or in envs/{name}.py")
 
 
 def download(url: str) -> bytes:
-    """The body of an http(s) URL, in IMAGE_SECONDS and IMAGE_BYTES, however slowly it drips."""
+    """The body of a URL, in IMAGE_SECONDS and IMAGE_BYTES, however slowly it drips."""
     deadline, body = time.monotonic() + IMAGE_SECONDS, b""
     with requests.get(url, timeout=IMAGE_SECONDS, stream=True) as response:
         response.raise_for_status()
@@ -129,35 +128,34 @@ def download(url: str) -> bytes:
 def load_image(source) -> Image.Image:
     """RGB pixels of a PIL image, path, URL, data URI, bytes or {"bytes", "path"}; or ValueError.
 
-    16-bit gray is scaled to 8 (Pillow would clip it to white); animations and images that Pillow
-    takes for a decompression bomb are refused: there is no one picture that they stand for.
+    16-bit gray is scaled, where Pillow would clip it to white. Animations are refused: which of
+    their pictures is meant? So is what Pillow takes for a decompression bomb.
     """
     try:
         if isinstance(source, dict):  # Hugging Face datasets, undecoded
             source = source.get("bytes") or source.get("path")
         if isinstance(source, str) and source.startswith("data:"):
             source = base64.b64decode(source.split(",", 1)[1])
-        elif isinstance(source, str) and "://" in source:
-            if not source.startswith(("http://", "https://")):
-                raise ValueError("of URLs only http, https and data are read")
+        elif isinstance(source, str) and source.startswith(("http://", "https://")):
             source = download(source)
+        elif isinstance(source, str) and "://" in source:
+            raise ValueError("of URLs, only http, https and data are read")
         source = io.BytesIO(source) if isinstance(source, bytes) else source
         image = source if isinstance(source, Image.Image) else Image.open(source)
-        if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's photo
-            raise ValueError(f"an animation of {image.n_frames} frames; give the frame")
-        if not 0 < image.width * image.height <= Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels")
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's photograph
+            raise ValueError(f"it has {image.n_frames} frames")
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"it has {image.width} x {image.height} pixels")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             image = image.convert("I").point(lambda value: value / 257).convert("L")
         if image.mode in ("I", "F"):
-            raise ValueError(f"mode {image.mode} has no known range; convert it to 8 bits")
+            raise ValueError(f"mode {image.mode} has no known range: convert it to 8 bits")
         if image.has_transparency_data:  # on white, as vLLM does
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except (OSError, ValueError, TypeError, AttributeError, SyntaxError,
-            Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise nearly anything
         raise ValueError(f"cannot read image {str(source)[:80]!r}: {error}") from error
 
 
@@ -192,9 +190,8 @@ class Generator:
     def __init__(self, environment: Environment, url: str, config, logit_bias: dict[int, float],
                  encode: Callable | None = None):
         self.environment, self.url, self.config, self.encode = environment, url, config, encode
-        self.weights = environment.weights or [1.0] * len(environment.rewards)
-        self.version = 0  # of the weights that the server has
         self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
+        atexit.register(self.pool.terminate)
         self.local = threading.local()  # a session per thread
         self.request = {"model": self.call("get", "/v1/models")["data"][0]["id"],
                         "temperature": config.temperature, "max_tokens": config.max_tokens,
@@ -220,13 +217,22 @@ class Generator:
     def run(self, jobs: list[tuple]) -> GenerateOutputs:
         """Jobs are (rows, index, n, first seed). What failed is left out, and named in `dropped`.
 
-        Raises ServerError if the server is lost, RuntimeError if more than max_dropped failed.
+        Raises ServerError if the server is lost or hangs, RuntimeError if more than the share
+        max_dropped failed. generation_timeout holds for rewards and images, too.
         """
-        dropped: list[tuple[int, Exception]] = []  # (example, why), for each completion
-        groups = self.pool.map(lambda job: self.group(*job, dropped), jobs, chunksize=1)
-        rollouts = [rollout for group in groups for rollout in group]
+        rollouts, dropped = [], []  # dropped: (example, why), for each completion
+        waves = 2 + len(jobs) // self.config.max_concurrent
+        deadline = time.monotonic() + waves * self.config.generation_timeout
+        pending = [(job, self.pool.apply_async(self.group, (*job, dropped))) for job in jobs]
+        for (_, index, n, _), group in pending:
+            try:
+                rollouts += group.get(max(0, deadline - time.monotonic()))
+            except ServerError:
+                raise
+            except Exception as error:  # an environment's rows and images can fail in any way
+                dropped += [(index, error)] * n
         reasons = [f"example {i}: {type(why).__name__}: {why}" for i, why in dropped]
-        if not rollouts or len(dropped) > self.config.max_dropped * sum(n for _, _, n, _ in jobs):
+        if not rollouts or len(dropped) > self.config.max_dropped * (len(dropped) + len(rollouts)):
             hung = any(isinstance(why, requests.Timeout) for _, why in dropped)
             raise (ServerError if hung else RuntimeError)(
                 f"{self.url}: {len(dropped)} completions failed and {len(rollouts)} did not (see "
@@ -237,64 +243,49 @@ class Generator:
 
     def group(self, rows: Sequence[dict], index: int, n: int, seed: int,
               dropped: list) -> list[Rollout]:
-        """One prompt's completions, scored; what fails goes to dropped, with its error."""
-        rollouts, version = [], self.version
-        try:
-            row = rows[index]
-            messages, images = render_prompt(row["prompt"])
-            # vLLM gives sample i of a request the seed + i: neighbours are n apart, none overlap
-            reply = self.call("post", "/v1/chat/completions", {
-                **self.request, "messages": messages, "n": n,
-                "seed": (self.config.seed << 40) + seed})
-            encoded = self.encode(row["prompt"], images) if self.encode else None
-            url = next((part["image_url"]["url"] for m in messages for part in m["content"]
-                        if isinstance(part, dict) and part["type"] == "image_url"), None)
-        except ServerError:
-            raise
-        except Exception as error:  # an environment's rows and images can fail in any way
-            dropped.extend([(index, error)] * n)
-            return []
+        """One prompt's completions, scored; those that cannot be scored go to dropped."""
+        row, rollouts, env = rows[index], [], self.environment
+        answer, info = row.get("answer", ""), row.get("info") or {}
+        messages, images = render_prompt(row["prompt"])
+        # vLLM gives sample i of a request the seed + i: neighbours are n apart, none overlap
+        reply = self.call("post", "/v1/chat/completions", {
+            **self.request, "messages": messages, "n": n, "seed": (self.config.seed << 40) + seed})
+        encoded = self.encode(row["prompt"], images) if self.encode else None
+        url = next((part["image_url"]["url"] for m in messages for part in m["content"]
+                    if isinstance(part, dict) and part["type"] == "image_url"), None)
         for choice in reply["choices"]:
-            text, answer = choice["message"]["content"] or "", row.get("answer", "")
+            text = choice["message"]["content"] or ""
             try:
-                scores = self.score(text, answer, row.get("info") or {})
-            except Exception as error:  # and so can its reward functions
+                scores = {f.__name__: f(text, answer, **info) for f in env.rewards}
+                if any(isinstance(s, str) or not math.isfinite(s) for s in scores.values()):
+                    raise ValueError(f"rewards must be finite numbers, not {scores}")
+            except Exception as error:  # so can its reward functions
                 dropped.append((index, error))
                 continue
+            scores = {name: float(score) for name, score in scores.items()}
+            weights = env.weights or [1.0] * len(scores)
             rollouts.append(Rollout(
-                prompt=row["prompt"], completion=text, answer=answer, info=row.get("info") or {},
+                prompt=row["prompt"], completion=text, answer=answer, info=info, example_id=index,
                 state={"image_url": url, **row}, images=images, encoded=encoded, metrics=scores,
-                reward=sum(w * s for w, s in zip(self.weights, scores.values(), strict=True)),
+                reward=sum(w * s for w, s in zip(weights, scores.values(), strict=True)),
                 prompt_ids=reply["prompt_token_ids"], completion_ids=choice["token_ids"],
                 completion_logprobs=[t["logprob"] for t in choice["logprobs"]["content"]],
-                finish_reason=choice["finish_reason"], example_id=index, weight_version=version))
+                finish_reason=choice["finish_reason"]))
         return rollouts
 
-    def score(self, completion: str, answer: str, info: dict) -> dict[str, float]:
-        """The value of each reward function; ValueError if one is no finite number."""
-        scores = {f.__name__: f(completion, answer, **info) for f in self.environment.rewards}
-        for name, value in scores.items():
-            if isinstance(value, str) or value is None or not math.isfinite(value):
-                raise ValueError(f"reward {name} is {value!r}, no finite number")
-        return {name: float(value) for name, value in scores.items()}
-
     def call(self, method: str, route: str, body: dict | None = None) -> dict:
-        """One HTTP call. Raises ServerError if there is no connection, RuntimeError with what the
-        server answered, requests.Timeout after generation_timeout seconds.
-        """
+        """One HTTP call. ServerError without a connection, RuntimeError with a bad answer."""
         if not hasattr(self.local, "session"):
             self.local.session = requests.Session()
-        for pause in (0.5, 1, 2, 4, None):  # a busy or restarting server; the seed makes it safe
+        for pause in (0.5, 1, 2, 4, None):  # it may be busy, or have closed an idle connection
             try:
                 response = self.local.session.request(method, self.url + route, json=body,
                                                       timeout=self.config.generation_timeout)
-            except requests.ConnectionError as error:  # also: it closes connections that idle
-                if pause is None or isinstance(error, requests.Timeout):
-                    raise ServerError(f"no connection to {self.url}: {error}") from error
-            else:
                 if response.ok:
                     return response.json()
                 if pause is None or response.status_code < 500:
-                    raise RuntimeError(f"{response.url}: {response.status_code} "
-                                       f"{response.text[:500]}")
+                    raise RuntimeError(f"{response.url}: {response.status_code} {response.text[:500]}")
+            except requests.ConnectionError as error:
+                if pause is None or isinstance(error, requests.Timeout):
+                    raise ServerError(f"no connection to {self.url}: {error}") from error
             time.sleep(pause)

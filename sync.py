@@ -28,7 +28,6 @@ from rollout import ServerError
 
 # When the trainer ends, however it ends, its end of the pipe closes: kill the server's whole group.
 GUARD = 'exec 3<&0; (read line <&3; kill -9 0) & exec "$@" </dev/null 3<&-'
-LOCAL_HOSTS = ("0.0.0.0", "127.0.0.1", "localhost")
 
 
 def server_command(model: str, port: int, gpus: int, args: dict) -> list[str]:
@@ -52,7 +51,11 @@ def server_command(model: str, port: int, gpus: int, args: dict) -> list[str]:
 
 
 class Server:
-    """The vLLM server at url: with a command our own process, while the context lasts."""
+    """The vLLM server at url while the context lasts: one that is up already, or our own process.
+
+    log_path gets the output of our own. ValueError if it does not start, TimeoutError if nothing
+    answers in timeout seconds.
+    """
 
     def __init__(self, url: str, timeout: float, command: list[str] = (), gpus: int = 0,
                  log_path: Path | None = None):
@@ -60,36 +63,43 @@ class Server:
         self.gpus, self.log_path, self.process = gpus, log_path, None
 
     def __enter__(self) -> "Server":
-        if self.command:
-            self.start()
+        if self.command and self.is_healthy():
+            self.command = ()
+        self.restore()
         return self
 
     def __exit__(self, *_) -> None:
         self.stop()
 
+    def restore(self) -> None:
+        """Start our own process (anew); wait until it answers, or until anyone else's does."""
+        self.stop()
+        if self.command:
+            self.start()
+        try:
+            self.wait()
+        except BaseException:
+            self.stop()
+            raise
+
     def start(self) -> None:
-        """Run the command, its output to log_path, and wait; ValueError if the port is taken."""
+        """Run the command in a session of its own, so that Ctrl-C reaches us alone."""
         address = urlsplit(self.url)
         try:
             socket.create_server((address.hostname, address.port)).close()
         except OSError as error:
-            raise ValueError(f"vllm_server_port {address.port} is taken, by no vLLM server: choose "
-                             f"another ({error.strerror})") from error
+            raise ValueError(f"vllm_server_port {address.port}: {error.strerror}, and not by a "
+                             "healthy vLLM server; choose another port") from error
         env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ,
                "VLLM_SERVER_DEV_MODE": "1",  # the RL routes
                "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
         if self.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(self.gpus)))
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.log_path, "a") as log:  # a session of its own: Ctrl-C reaches us alone
-            self.process = subprocess.Popen(
-                ["sh", "-c", GUARD, "sh", *self.command], env=env, stdout=log, stderr=log,
-                stdin=subprocess.PIPE, start_new_session=True)
-        try:
-            self.wait()
-        except BaseException:
-            self.stop()
-            raise
+        with open(self.log_path, "w") as log:
+            self.process = subprocess.Popen(["sh", "-c", GUARD, "sh", *self.command], env=env,
+                                            stdout=log, stderr=log, stdin=subprocess.PIPE,
+                                            start_new_session=True)
 
     def stop(self) -> None:
         """End our own process with all of its group."""
@@ -101,11 +111,6 @@ class Server:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(20)
 
-    def restore(self) -> None:
-        """After a fault: start our own process anew; for anyone else's wait until it is back."""
-        self.stop()
-        self.start() if self.command else self.wait()
-
     def is_healthy(self) -> bool:
         """Whether it answers its health route right now."""
         try:
@@ -114,7 +119,7 @@ class Server:
             return False
 
     def wait(self) -> None:
-        """Until it is healthy. Raises TimeoutError naming the URL, ValueError if ours ended."""
+        """Until it is healthy, or our own has ended, or the timeout is over."""
         start = time.monotonic()
         while not self.is_healthy():
             waited = time.monotonic() - start
@@ -250,4 +255,4 @@ if __name__ == "__main__":
         with mistakes():
             server = stack.enter_context(make_server(command_line("sync.py")))
         print(f"serving at {server.url}; Ctrl-C stops it", flush=True)
-        sys.exit(server.process.wait())
+        sys.exit(server.process and server.process.wait())

@@ -333,10 +333,10 @@ def test_the_users_config_loads_and_means_what_it_says(tmp_path):
 
 
 @pytest.mark.parametrize("override, message", [
-    ("learning_rat=1", "'learning_rat' in .trainer.args.; did you mean 'learning_rate'"),
-    ("inference.gpu=1", "'gpu' in .inference.; did you mean 'gpus'"),
-    ("max_steps=ten", "max_steps must be of type int, not 'ten'"),
-    ("max_steps=true", "max_steps must be of type int, not True"),
+    ("learning_rat=1", "'trainer.args.learning_rat'; did you mean 'trainer.args.learning_rate'"),
+    ("inference.gpu=1", "'inference.gpu'; did you mean 'inference.gpus'"),
+    ("max_steps=ten", "max_steps must be int, not 'ten'"),
+    ("max_steps=true", "max_steps must be int, not True"),
     ("learning_rate=-1.0", "learning_rate must be above 0"),
     ("batch_size=500", "batch_size 500 must be rollouts_per_step 16 times G"),
     ("batch_size=16", "the group size, at least 2"),

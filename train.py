@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy
 import tomli
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
@@ -37,7 +38,8 @@ SAMPLED = ("completion", "answer", "reward", "finish_reason")  # what is written
 ATTEMPTS = 3  # at anything that needs the server, before the run ends
 CAUSES = ("weights that do not arrive, a server without --logprobs-mode processed_logprobs, another "
           "dtype or attention kernel, other pixel limits in the server's processor")
-MAY_BE_ZERO = ("max_dropped", "mask_ratio_low", "sync_to_vllm_every", "inference_gpus", "trainer_gpus")
+MAY_BE_ZERO = ("mask_ratio_low", "max_dropped", "sync_to_vllm_every", "inference_gpus", "trainer_gpus")
+AT_MOST = {"mask_ratio_low": 1, "clip_low": 1, "max_dropped": 1, "vllm_server_port": 65535}
 
 
 @dataclass(frozen=True)
@@ -94,19 +96,14 @@ class MultimodalRLConfig:
         for f in fields(self):
             value, kind = getattr(self, f.name), float | int if f.type is float else f.type
             if not isinstance(value, kind) or (isinstance(value, bool) and f.type in (int, float)):
-                name = getattr(f.type, "__name__", f.type)
-                raise ValueError(f"{f.name} must be of type {name}, not {value!r}")
-            may_be_zero = f.default == 0 or f.name in MAY_BE_ZERO
-            if f.type in (int, float) and not (0 < value < math.inf or value == 0 and may_be_zero):
-                raise ValueError(f"{f.name} must be above 0, not {value}")
+                raise ValueError(f"{f.name} must be {getattr(kind, '__name__', kind)}, not {value!r}")
+            zero, most = f.default == 0 or f.name in MAY_BE_ZERO, AT_MOST.get(f.name, 1e12)
+            if f.type in (int, float) and not (0 < value <= most or value == 0 and zero):
+                raise ValueError(f"{f.name} must be {'at least' if zero else 'above'} 0 and at most "
+                                 f"{most:g}, not {value}")
         if self.batch_size % self.rollouts_per_step or self.group_size < 2:
             raise ValueError(f"batch_size {self.batch_size} must be rollouts_per_step "
                              f"{self.rollouts_per_step} times G, the group size, at least 2")
-        for name, high in (("mask_ratio_low", 1), ("clip_low", 1), ("vllm_server_port", 65535)):
-            if getattr(self, name) > high:
-                raise ValueError(f"{name} must be at most {high}, not {getattr(self, name)}")
-        if self.mask_ratio_high < 1:
-            raise ValueError(f"mask_ratio_high must be at least 1, not {self.mask_ratio_high}")
 
     @property
     def group_size(self) -> int:
@@ -114,10 +111,14 @@ class MultimodalRLConfig:
         return self.batch_size // self.rollouts_per_step
 
     @property
+    def local(self) -> bool:
+        """Whether the server is to be on this machine, so that train.py may start it."""
+        return self.vllm_server_host in ("0.0.0.0", "127.0.0.1", "localhost")
+
+    @property
     def url(self) -> str:
-        """Where the trainer finds the server; 0.0.0.0 is no place to connect to."""
-        return (f"http://{self.vllm_server_host}:{self.vllm_server_port}"
-                .replace("//0.0.0.0:", "//127.0.0.1:"))
+        """Where the trainer finds the server."""
+        return f"http://{'127.0.0.1' if self.local else self.vllm_server_host}:{self.vllm_server_port}"
 
 
 KEYS = {"model": "model", "env.id": "env_id", "env.args": "env_args",  # in TOML -> in the config
@@ -130,11 +131,14 @@ KEYS |= {f"trainer.args.{f.name}": f.name for f in fields(MultimodalRLConfig)
 def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
     """A TOML file and overrides ("seed=1", "env.args.n=3", "model=DIR"); ValueError in one line."""
     try:
-        found = dict(settings(tomli.loads(Path(path).read_text())))
-        for override in overrides:
-            for name, value in settings(read_override(override)):
-                merge = isinstance(value, dict) and isinstance(found.get(name), dict)
-                found[name] = found[name] | value if merge else value
+        found = {}
+        for table in (tomli.loads(Path(path).read_text()), *map(read_override, overrides)):
+            for key, value in flatten(table):
+                if key not in KEYS:
+                    near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0)[0]
+                    raise ValueError(f"unknown key {key!r}; did you mean {near!r}?")
+                both = isinstance(value, dict) and isinstance(found.get(KEYS[key]), dict)
+                found[KEYS[key]] = found[KEYS[key]] | value if both else value
         config = MultimodalRLConfig(**found)
         if not config.model or not config.env_id:
             raise ValueError('it must set model = "..." and [env] id = "..."')
@@ -143,22 +147,13 @@ def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def settings(table: dict, name: str = "") -> Iterator[tuple[str, object]]:
-    """(config field, value) of every key; ValueError naming an unknown one and the nearest."""
+def flatten(table: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted key, value) down to the keys of the config."""
     for key, value in table.items():
-        path = f"{name}.{key}".removeprefix(".")
-        if path in KEYS:
-            yield KEYS[path], value
-        elif any(k.startswith(f"{path}.") for k in KEYS):
-            if not isinstance(value, dict):
-                raise ValueError(f"{path} must be a table, not {value!r}")
-            yield from settings(value, path)
+        if isinstance(value, dict) and prefix + key not in KEYS:
+            yield from flatten(value, f"{prefix}{key}.")
         else:
-            valid = [k.removeprefix(f"{name}.") for k in KEYS if k.startswith(name)]
-            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
-            where = f"[{name}]" if name else "the file"
-            raise ValueError(f"unknown key {key!r} in {where}; {hint}")
+            yield prefix + key, value
 
 
 def read_override(override: str) -> dict:
@@ -256,9 +251,9 @@ class MultimodalGRPOTrainer:
         self.fp32 = not on_gpu and model.dtype == torch.float32
         self.environment = config.env_id and load_environment(config.env_id, config.env_args)
         self.run_dir = Path(config.output_dir, config.run_name)
-        self.step = self.bad_steps = self.stopping = 0
-        self.saved = self.generator = None
+        self.step = self.saved = self.bad_steps = self.stopping = 0
         self.banned = vision_token_ids(model.config)
+        self.hidden_size = model.config.get_text_config().hidden_size
         self.logprobs = Policy(model, config.temperature, self.banned)
         # dropout would make the trainer another policy than the one that sampled; but
         # Hugging Face checkpoints gradients in training mode alone, and then without a cache
@@ -270,12 +265,11 @@ class MultimodalGRPOTrainer:
             model.requires_grad_(False)
             for part in (model.get_decoder(), model.get_output_embeddings()):
                 part.requires_grad_(True)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, config.learning_rate,
-                                           weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad),
+                                           config.learning_rate, weight_decay=config.weight_decay)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1.0, (step + 1) / max(1, config.warmup_steps)))
-        self.server = sync.Server(config.url, config.vllm_server_timeout)
+        self.server, self.generator = sync.Server(config.url, config.vllm_server_timeout), None
         self.weights = sync.WeightSync(
             config.url, sync.CheckpointSource(model, torch.bfloat16 if on_gpu else None),
             "nccl" if on_gpu else "gloo", config.vllm_server_timeout)
@@ -326,8 +320,7 @@ class MultimodalGRPOTrainer:
         """Wait for the server; send it our weights, whatever it served before."""
         config = self.config
         if not self.environment or (config.eval_every_steps and not len(self.environment.eval)):
-            raise ValueError("there is no environment, or no held-out split to evaluate on: check "
-                             "env_id and eval_every_steps")
+            raise ValueError("no environment, or no held-out split: check env_id, eval_every_steps")
         self.server.wait()
         self.generator = Generator(self.environment, config.url, config,
                                    {i: -100 for i in self.banned},
@@ -336,14 +329,15 @@ class MultimodalGRPOTrainer:
 
     def with_server(self, action):
         """action(); after a ServerError again, with the server restored and our weights on it."""
-        for attempt in range(ATTEMPTS):
+        for attempt in range(1, ATTEMPTS + 1):
             try:
-                if attempt:
+                if attempt > 1:
                     self.server.restore()
+                    self.weights.engine = None  # a new server knows nothing of the old group
                     self.send_weights()
                 return action()
             except ServerError as error:
-                if attempt == ATTEMPTS - 1:
+                if attempt == ATTEMPTS:
                     raise
                 tqdm.write(f"{error}; restoring the server")
 
@@ -351,7 +345,6 @@ class MultimodalGRPOTrainer:
         """To the server, now, unless they are never synced, on purpose."""
         if self.config.sync_to_vllm_every:
             self.weights.send(self.step)
-            self.generator.version = self.step
 
     def rollouts(self) -> GenerateOutputs:
         """This step's completions."""
@@ -361,17 +354,16 @@ class MultimodalGRPOTrainer:
     def update(self, outputs: GenerateOutputs) -> dict[str, float]:
         """One optimizer step on the given completions, without a server. Returns its metrics.
 
-        Equal example_id make a group. ir, ent, kl and the like are means over forwarded tokens. A
-        loss or gradient that is not finite skips the step and leaves its batch in run_dir;
-        RuntimeError at the third in a row.
+        Equal example_id make a group. ir, ent, kl and the like are means over forwarded tokens. If
+        loss or gradient are not finite the step is skipped; RuntimeError at the third in a row.
         """
         config, batch = self.config, self.build_batch(outputs)
         if not self.calibrated:
             self.calibrate(batch)
         num_tokens, sums = batch.loss_mask.sum().item(), collections.Counter()
         for micro in batch.micro_batches(config.micro_batch_size):
-            share = self.can_share and (micro.sharing_pays() if config.share_prompt is None
-                                        else config.share_prompt)
+            share = self.can_share and (config.share_prompt or config.share_prompt is None
+                                        and micro.sharing_pays(self.hidden_size))
             micro = micro.to(self.device)
             loss, part = grpo_loss(
                 *self.logprobs(micro, share), micro.behavior_logprobs, micro.advantages,
@@ -383,35 +375,33 @@ class MultimodalGRPOTrainer:
                         cells=micro.input_ids.numel(), real=micro.attention_mask.sum().item(),
                         shared=share * len(micro))
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        skipped = not (math.isfinite(sums["loss"]) and grad_norm.isfinite())
-        if skipped:
-            self.skip(batch)
-        else:
+        finite = math.isfinite(sums["loss"] + grad_norm)
+        if finite:
             self.optimizer.step()
-            self.bad_steps = 0
         self.optimizer.zero_grad()
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        if not finite:
+            self.dump(batch)
         lr = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         self.step += 1
         means = {name: sums[name] / max(sums["tokens"], 1)
                  for name in ("ir", "ent", "kl", "masked_fraction", "clip_fraction")}
         return {"step": self.step, "loss": sums["loss"], **means, "grad_norm": grad_norm.item(),
-                "lr": lr, "skipped": int(skipped), "tokens": num_tokens,
+                "lr": lr, "skipped": int(not finite), "tokens": num_tokens,
                 "shared_fraction": sums["shared"] / len(batch),
                 "padding_fraction": 1 - sums["real"] / max(sums["cells"], 1),
                 **rollout_metrics(batch, outputs)}
 
-    def skip(self, batch: MultimodalBatch) -> None:
-        """Dump a batch whose loss or gradient is not finite; end the run at the third in a row."""
-        self.bad_steps += 1
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+    def dump(self, batch: MultimodalBatch) -> None:
+        """Write a batch that gave no finite loss or gradient, for torch.load(weights_only=True)."""
         path = self.run_dir / f"bad-batch-{self.step + 1}.pt"
-        torch.save(vars(batch), path)  # torch.load reads it with weights_only=True
-        message = f"step {self.step + 1}: loss or gradient is not finite; see {path}"
-        if self.bad_steps == 3:
-            raise RuntimeError(f"{message}; the third in a row: lower learning_rate, or look there "
-                               "for tokens or pixels that this model cannot compute")
-        tqdm.write(f"{message}; the optimizer step is skipped")
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        torch.save(vars(batch), path)
+        tqdm.write(message := f"step {self.step + 1}: loss or gradient is not finite; see {path}")
+        if self.bad_steps == ATTEMPTS:
+            raise RuntimeError(f"{message}. In a row: {ATTEMPTS}. Lower learning_rate, or look for "
+                               "pixels or tokens there that this model cannot compute")
 
     def build_batch(self, outputs: GenerateOutputs) -> MultimodalBatch:
         """The adapter's batch with advantages, and without sampled vision tokens."""
@@ -431,29 +421,27 @@ class MultimodalGRPOTrainer:
         Prompts will not be shared if that fails, or changes logprobs or gradient (as a detached
         cache would). RuntimeError if the server is another policy than the dtype explains.
         """
-        self.calibrated, found, why = True, [], ""
+        self.calibrated, found = True, []
         first = torch.linspace(0, max(0, len(batch) - 2), self.config.micro_batch_size // 2 or 1)
         rows = torch.cat([first[:4].long(), first[:4].long() + 1]).clamp(max=len(batch) - 1)
         micro = batch.select(rows.unique()).to(self.device)
-        for share in (False, True)[:1 + self.can_share]:
-            try:
+        try:
+            for share in (False, True)[:1 + self.can_share]:
                 logprobs, _ = self.logprobs(micro, share)
                 (logprobs.sum(1) @ torch.arange(1.0, len(micro) + 1, device=self.device)).backward()
                 norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)
                 found.append((logprobs.detach(), norm))
-            except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-                if not share:
-                    raise
-                why = f"{type(error).__name__}: {str(error)[:200]}"
-            self.model.zero_grad()
-        if len(found) == 2:
-            (plain, norm), (shared, shared_norm) = found
-            off, norm_off = (plain - shared).abs().max(), (shared_norm / norm - 1).abs()
+                self.model.zero_grad()
+            off, norm_off = (found[0][0] - found[-1][0]).abs().max(), abs(norm / found[0][1] - 1)
             if off > (1e-4 if self.fp32 else 0.2) or norm_off > (1e-3 if self.fp32 else 0.1):
-                why = f"logprobs differ by {off:.1e}, the gradient's norm by {norm_off:.1%}"
-        if why:
+                raise ValueError(f"logprobs differ by {off:.1e}, the gradient by {norm_off:.1%}")
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            if not found:
+                raise
             self.can_share = False
-            tqdm.write(f"prompts are not shared, every completion is forwarded with its own: {why}")
+            self.model.zero_grad()
+            tqdm.write("prompts are not shared, every completion is forwarded with its own: "
+                       f"{type(error).__name__}: {str(error)[:200]}")
         off = (found[0][0] - micro.behavior_logprobs)[micro.loss_mask.bool()]
         found = {"max": off.abs().max().item(), "mean": off.abs().mean().item(),
                  "kl": (off.expm1() - off).mean().item()}
@@ -512,60 +500,51 @@ class MultimodalGRPOTrainer:
         if self.saved == self.step:
             return
         partial, target = self.run_dir / "unfinished", self.run_dir / f"checkpoint-{self.step}"
-        for path in (partial, target):  # a damaged one may be there
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         for part in (self.model, self.adapter.processor or self.tokenizer):
             part.save_pretrained(partial)
-        generator = numpy.random.get_state()
+        name, keys, *rest = numpy.random.get_state()
         torch.save({"step": self.step, "optimizer": self.optimizer.state_dict(),
                     "scheduler": self.scheduler.state_dict(), "torch": torch.get_rng_state(),
                     "cuda": torch.cuda.get_rng_state_all(), "python": random.getstate(),
-                    "numpy": (generator[0], generator[1].tolist(), *generator[2:]),
-                    "metrics_bytes": (self.run_dir / "metrics.jsonl").stat().st_size},
+                    "numpy": (name, keys.tolist(), *rest),
+                    "metrics_bytes": os.path.getsize(self.run_dir / "metrics.jsonl")},
                    partial / "trainer.pt")
-        sums = checksums(partial)
-        (partial / "checksums.json").write_text(json.dumps(sums))
-        for path in (*partial.rglob("*"), partial):
-            flush(path)
+        (partial / "checksums.json").write_text(json.dumps(checksums(partial)))
+        os.sync()  # before the name says that it is whole
         partial.rename(target)
-        flush(self.run_dir)
         self.saved = self.step
-        for path in list(self.checkpoints().values())[self.config.keep_checkpoints:]:
+        for path in self.checkpoints()[:-self.config.keep_checkpoints]:
             shutil.rmtree(path)
 
-    def checkpoints(self) -> dict[int, Path]:
-        """{step: path} of this run, the newest first."""
-        found = {int(p.name.removeprefix("checkpoint-")): p
-                 for p in self.run_dir.glob("checkpoint-*")}
-        return dict(sorted(found.items(), reverse=True))
+    def checkpoints(self) -> list[Path]:
+        """Those of this run, the newest last."""
+        return sorted(self.run_dir.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
 
     def resume(self) -> None:
-        """Load the checkpoint that config.resume asks for, and forget what came after it.
+        """Load the checkpoint that config.resume asks for: a path, or this run's newest whole one.
 
-        Of this run's own the newest whole one, or none; ValueError if a given path is damaged.
-        Files of a past that is not continued go to earlier-SECONDS/.
+        What came after it, and a run that is not continued, is renamed. ValueError for a bad path.
         """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        wanted, own, source = self.config.resume, self.checkpoints(), None
-        metrics = self.run_dir / "metrics.jsonl"
-        for path in [Path(wanted)] if isinstance(wanted, str) else own.values() if wanted else []:
+        wanted, own, past = self.config.resume, self.checkpoints(), f"past-{time.time():.0f}"
+        for path in [Path(wanted)] if isinstance(wanted, str) else own[::-1] if wanted else []:
             if is_whole(path):
-                source, state = path, self.load(path)
+                state = self.load(path)
                 break
             tqdm.write(f"{path} is damaged or incomplete")
-        if source is None and isinstance(wanted, str):
-            raise ValueError(f"resume = {wanted!r} is no whole checkpoint")
-        if source and own.get(self.step, source).samefile(source) and self.step in own:
-            past = [path for step, path in own.items() if step > self.step]
-            if metrics.exists():
-                os.truncate(metrics, min(state["metrics_bytes"], metrics.stat().st_size))
         else:
-            past = [*own.values(), *self.run_dir.glob("metrics.jsonl"),
-                    *self.run_dir.glob("rollouts")]
-        for path in past:
-            folder = self.run_dir / f"earlier-{int(time.time())}"
-            folder.mkdir(exist_ok=True)
-            path.rename(folder / path.name)
+            path = self.run_dir
+            transformers.set_seed(self.config.seed)
+            if isinstance(wanted, str):
+                raise ValueError(f"resume = {wanted!r} is no whole checkpoint")
+        metrics = self.run_dir / "metrics.jsonl"
+        if path.resolve().parent == self.run_dir.resolve():
+            os.truncate(metrics, min(state["metrics_bytes"], os.path.getsize(metrics)))
+            for later in own[own.index(self.run_dir / path.name) + 1:]:
+                later.rename(self.run_dir / f"{past}-{later.name}")
+        elif metrics.exists():
+            self.run_dir.rename(f"{self.run_dir}-{past}")
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         metrics.touch()
         self.saved = self.step
 
@@ -586,10 +565,9 @@ class MultimodalGRPOTrainer:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """{file name: SHA-256}, without the list of them itself."""
-    return {str(path.relative_to(folder)): hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != "checksums.json"}
+    """{file: SHA-256} of a checkpoint, but for the list of these itself."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*") if path.is_file() and path.name != "checksums.json"}
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -598,13 +576,6 @@ def is_whole(checkpoint: Path) -> bool:
         return json.loads((checkpoint / "checksums.json").read_text()) == checksums(checkpoint)
     except (OSError, ValueError):
         return False
-
-
-def flush(path: Path) -> None:
-    """Make sure that a file's bytes, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def rollout_metrics(batch: MultimodalBatch, outputs: GenerateOutputs) -> dict[str, float]:
@@ -644,27 +615,24 @@ def make_server(config: MultimodalRLConfig) -> sync.Server:
     gpus = config.inference_gpus if torch.cuda.is_available() else 0
     command = sync.server_command(config.model, config.vllm_server_port, gpus,
                                   config.inference_args)
-    return sync.Server(config.url, config.vllm_server_timeout, command, gpus,
-                       Path(config.output_dir, config.run_name, "vllm.log"))
+    return sync.Server(config.url, config.vllm_server_timeout, config.local and command, gpus,
+                       Path(config.output_dir, f"{config.run_name}-vllm.log"))
 
 
 @contextlib.contextmanager
 def served(config: MultimodalRLConfig) -> Iterator[MultimodalGRPOTrainer]:
     """A trainer with its server: the one that is up, else our own, if the host is this machine."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
     try:
-        processor = AutoProcessor.from_pretrained(config.model)
+        processor = transformers.AutoProcessor.from_pretrained(config.model)
     except OSError as error:
         raise ValueError(f"model {config.model!r}: {error}") from error
     if config.env_id:
         load_environment(config.env_id, config.env_args)
-    server, local = make_server(config), config.vllm_server_host in sync.LOCAL_HOSTS
-    if not local or server.is_healthy():
-        server.command = ()
-    with server:
-        model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=torch.float32)
+    with make_server(config) as server:
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            config.model, dtype=torch.float32)
         if torch.cuda.is_available():  # on the first GPU that is not the server's
-            model.to(f"cuda:{config.inference_gpus if local else 0}")
+            model.to(f"cuda:{config.inference_gpus if config.local else 0}")
         trainer = MultimodalGRPOTrainer(model, processor.tokenizer, MultimodalAdapter(processor),
                                         config)
         trainer.server = server
