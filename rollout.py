@@ -7,7 +7,6 @@ hands over GenerateOutputs, with token ids and logprobs just as the server sampl
 import atexit
 import base64
 import importlib
-import inspect
 import io
 import math
 import random
@@ -100,10 +99,9 @@ def load_environment(env_id: str, args: dict) -> Environment:
         if loader is None:
             continue
         try:
-            inspect.signature(loader).bind(**args)
-        except TypeError as error:
-            raise ValueError(f"{where} load_environment() {error}") from error
-        environment = loader(**args)
+            environment = loader(**args)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where} {error}") from error
         if not len(environment.train):
             raise ValueError(f"{where} the train split is empty")
         if len(environment.weights or environment.rewards) != len(environment.rewards):
@@ -218,7 +216,7 @@ class Generator:
         """Jobs are (rows, index, n, first seed). What failed is left out, and named in `dropped`.
 
         Raises ServerError if the server is lost or hangs, RuntimeError if more than the share
-        max_dropped failed. generation_timeout holds for rewards and images, too.
+        max_dropped failed. generation_timeout is also for rewards and images.
         """
         rollouts, dropped = [], []  # dropped: (example, why), for each completion
         waves = 2 + len(jobs) // self.config.max_concurrent
@@ -232,9 +230,14 @@ class Generator:
             except Exception as error:  # an environment's rows and images can fail in any way
                 dropped += [(index, error)] * n
         reasons = [f"example {i}: {type(why).__name__}: {why}" for i, why in dropped]
+        if any(isinstance(why, TimeoutError | requests.Timeout) for _, why in dropped):
+            try:  # was it slow, or does the engine hang? Its health route would not know
+                self.call("post", "/v1/completions", {**self.request, "prompt": "a", "max_tokens": 1,
+                                                      "logprobs": None})
+            except requests.Timeout as error:
+                raise ServerError(f"{self.url} hangs: {error}") from error
         if not rollouts or len(dropped) > self.config.max_dropped * (len(dropped) + len(rollouts)):
-            hung = any(isinstance(why, requests.Timeout) for _, why in dropped)
-            raise (ServerError if hung else RuntimeError)(
+            raise RuntimeError(
                 f"{self.url}: {len(dropped)} completions failed and {len(rollouts)} did not (see "
                 f"max_dropped); the last: {reasons[-1]}") from dropped[-1][1]
         outputs = GenerateOutputs.from_rollouts(rollouts)

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import difflib
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -101,6 +102,12 @@ class MultimodalRLConfig:
             if f.type in (int, float) and not (0 < value <= most or value == 0 and zero):
                 raise ValueError(f"{f.name} must be {'at least' if zero else 'above'} 0 and at most "
                                  f"{most:g}, not {value}")
+        if self.max_tokens >= self.inference_args.get("max_model_len", math.inf):
+            raise ValueError("max_tokens must be below max_model_len, which holds the prompt, too")
+        if self.trainer_gpus > 1:
+            raise ValueError(f"trainer.gpus must be 0 or 1, not {self.trainer_gpus}")
+        if isinstance(self.resume, str) and not Path(self.resume, "checksums.json").exists():
+            raise ValueError(f"resume must be true or a checkpoint's folder, not {self.resume!r}")
         if self.batch_size % self.rollouts_per_step or self.group_size < 2:
             raise ValueError(f"batch_size {self.batch_size} must be rollouts_per_step "
                              f"{self.rollouts_per_step} times G, the group size, at least 2")
@@ -250,7 +257,12 @@ class MultimodalGRPOTrainer:
         on_gpu = self.device.type == "cuda"
         self.fp32 = not on_gpu and model.dtype == torch.float32
         self.environment = config.env_id and load_environment(config.env_id, config.env_args)
+        if self.environment and config.eval_every_steps and not len(self.environment.eval):
+            raise ValueError(f"environment {config.env_id!r} has no held-out split to evaluate on: "
+                             "eval_every_steps must be 0")
         self.run_dir = Path(config.output_dir, config.run_name)
+        self.wandb = config.wandb_project and importlib.import_module("wandb").init(
+            project=config.wandb_project, name=config.run_name, config=asdict(config))
         self.step = self.saved = self.bad_steps = self.stopping = 0
         self.banned = vision_token_ids(model.config)
         self.hidden_size = model.config.get_text_config().hidden_size
@@ -319,8 +331,6 @@ class MultimodalGRPOTrainer:
     def connect(self) -> None:
         """Wait for the server; send it our weights, whatever it served before."""
         config = self.config
-        if not self.environment or (config.eval_every_steps and not len(self.environment.eval)):
-            raise ValueError("no environment, or no held-out split: check env_id, eval_every_steps")
         self.server.wait()
         self.generator = Generator(self.environment, config.url, config,
                                    {i: -100 for i in self.banned},
@@ -486,11 +496,8 @@ class MultimodalGRPOTrainer:
         """Append to metrics.jsonl, and to Weights & Biases where it is asked for."""
         with open(self.run_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
-        if self.config.wandb_project:
-            import wandb
-            run = wandb.run or wandb.init(project=self.config.wandb_project, dir=self.run_dir,
-                                          name=self.config.run_name, config=asdict(self.config))
-            run.log(metrics, step=self.step)
+        if self.wandb:
+            self.wandb.log(metrics, step=self.step)
 
     def save(self) -> None:
         """Write run_dir/checkpoint-STEP: for from_pretrained, for vLLM, and to resume from.
@@ -592,10 +599,10 @@ def rollout_metrics(batch: MultimodalBatch, outputs: GenerateOutputs) -> dict[st
 
 @contextlib.contextmanager
 def mistakes() -> Iterator[None]:
-    """A ValueError in here is a mistake of the user's: one line and exit code 2."""
+    """An error in here is a mistake of the user's: one line and exit code 2."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
@@ -622,20 +629,14 @@ def make_server(config: MultimodalRLConfig) -> sync.Server:
 @contextlib.contextmanager
 def served(config: MultimodalRLConfig) -> Iterator[MultimodalGRPOTrainer]:
     """A trainer with its server: the one that is up, else our own, if the host is this machine."""
-    try:
-        processor = transformers.AutoProcessor.from_pretrained(config.model)
-    except OSError as error:
-        raise ValueError(f"model {config.model!r}: {error}") from error
-    if config.env_id:
-        load_environment(config.env_id, config.env_args)
-    with make_server(config) as server:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            config.model, dtype=torch.float32)
-        if torch.cuda.is_available():  # on the first GPU that is not the server's
-            model.to(f"cuda:{config.inference_gpus if config.local else 0}")
-        trainer = MultimodalGRPOTrainer(model, processor.tokenizer, MultimodalAdapter(processor),
-                                        config)
-        trainer.server = server
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        config.model, dtype=torch.float32)
+    processor = transformers.AutoProcessor.from_pretrained(config.model)
+    if torch.cuda.is_available():  # on the first GPU that is not the server's
+        model.to(f"cuda:{config.inference_gpus if config.local else 0}")
+    adapter = MultimodalAdapter(processor)
+    trainer = MultimodalGRPOTrainer(model, processor.tokenizer, adapter, config)
+    with make_server(config) as trainer.server:
         yield trainer
 
 

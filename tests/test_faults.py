@@ -1,4 +1,5 @@
 """Faults, each caused for real: killed servers and trainers, hung engines, bad data and numbers."""
+import contextlib
 import dataclasses
 import io
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -205,7 +207,8 @@ class KillsWhileSending:
 def test_our_server_dies_in_rollouts_and_in_a_sync_and_hangs_and_the_run_is_the_same(
         server, undisturbed, tmp_path):
     config = dataclasses.replace(server, output_dir=str(tmp_path), max_steps=6,
-                                 vllm_server_port=free_port(), generation_timeout=15)
+                                 vllm_server_port=free_port(), generation_timeout=15,
+                                 vllm_server_timeout=120)
     with served(config) as trainer:
         group, done = (lambda: trainer.server.process.pid), []
 
@@ -229,3 +232,383 @@ def test_our_server_dies_in_rollouts_and_in_a_sync_and_hangs_and_the_run_is_the_
         trainer.train()
     assert set(done) == {"killed", "hung"} and trainer.weights.source.sent >= 5
     assert timeless(metrics(config)) == undisturbed
+
+
+@pytest.mark.timeout(900)
+def test_a_server_of_somebody_else_is_waited_for(undisturbed, server, own_server, tmp_path):
+    """It dies in the middle of a sync, and comes back by itself a while later."""
+    config = dataclasses.replace(server, output_dir=str(tmp_path), max_steps=6,
+                                 vllm_server_port=int(own_server.url.rsplit(":")[-1]))
+    back = threading.Thread(target=own_server.restore)
+
+    def kill():
+        os.killpg(own_server.process.pid, signal.SIGKILL)
+        back.start()
+
+    with served(config) as trainer:
+        assert not trainer.server.command  # not ours
+        trainer.weights.source = KillsWhileSending(trainer.weights.source, kill, at_version=3)
+        trainer.train()
+    back.join(300)
+    assert timeless(metrics(config)) == undisturbed
+
+
+@pytest.fixture()
+def own_server(server):
+    """A server of the test's own, to be killed."""
+    with make_server(dataclasses.replace(server, run_name="victim",
+                                         vllm_server_port=free_port())) as victim:
+        yield victim
+
+
+def test_a_server_that_never_comes_back_ends_the_run_with_a_checkpoint(server, tmp_path):
+    port = free_port()
+    config = dataclasses.replace(server, output_dir=str(tmp_path), vllm_server_timeout=3)
+    with served(config) as trainer:
+        def leave(*_):
+            trainer.server.url = trainer.generator.url = f"http://127.0.0.1:{port}"
+        trainer.log = lambda *_: leave() if trainer.step == 2 else None
+        with pytest.raises(TimeoutError, match=f"no vLLM server at http://127.0.0.1:{port} in "
+                                               "vllm_server_timeout = 3 s; start one"):
+            trainer.train()
+    assert is_whole(tmp_path / "colors" / "checkpoint-2")
+
+
+DIES = """
+import os, signal, sys
+sys.path[:0] = [{root!r}]
+from train import load_config, served
+instant = sys.argv[1]
+with served(load_config("config.toml", sys.argv[2:])) as trainer:
+    die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    if instant == "while sending":
+        source = list(trainer.weights.source)
+        class Dying:
+            metadata = trainer.weights.source.metadata
+            def __iter__(self):
+                yield from source[:20]
+                die()
+        trainer.weights.source = Dying()
+    trainer.connect()
+    if instant == "before the end":
+        trainer.weights.engine.client.finish_weight_update = die
+    if instant == "while paused":
+        trainer.weights.engine.send_weights = die
+    trainer.send_weights()
+"""
+
+
+@pytest.mark.parametrize("instant", ["while sending", "before the end", "while paused"])
+def test_a_trainer_that_died_in_a_sync_leaves_a_server_that_the_next_one_can_use(
+        server, tmp_path, instant):
+    words = command(dataclasses.replace(server, output_dir=str(tmp_path)))[4:]
+    run = subprocess.run([sys.executable, "-c", DIES.format(root=str(ROOT)), instant, *words],
+                         cwd=ROOT, timeout=120)
+    assert run.returncode == -signal.SIGKILL
+    with served(dataclasses.replace(server, output_dir=str(tmp_path), max_steps=2)) as trainer:
+        trainer.train()
+    assert all(line["kl"] < 1e-6 for line in metrics(trainer.config))
+
+
+def test_ten_trainers_in_a_row_use_one_server(server, tmp_path):
+    for i in range(10):
+        trainer = make_trainer(**{f.name: getattr(server, f.name)
+                                  for f in dataclasses.fields(server)})
+        with torch.no_grad():
+            trainer.model.get_output_embeddings().weight *= 1 + i / 50
+        trainer.connect()  # and never says goodbye
+        batch = trainer.build_batch(trainer.generator.train_step(0, 2, 2))
+        assert trainer.calibrate(batch)["max"] < 1e-5
+
+
+def test_the_server_that_we_start_cannot_be_reached_from_other_machines(server):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # nothing is sent: which of our addresses looks outward?
+        address = probe.getsockname()[0]
+    with pytest.raises(OSError):
+        socket.create_connection((address, server.vllm_server_port), 5)
+
+
+# ---- the environment
+
+def png(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    image.save(buffer := io.BytesIO(), kind, **options)
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A few bytes that claim to be a picture of 20,000 x 20,000 pixels."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return (struct.pack(">I", len(data)) + kind + data
+                + struct.pack(">I", zlib.crc32(kind + data)))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+            + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+
+
+BAD_IMAGES = {
+    "missing": "nowhere/to/be/found.png", "truncated": png(noise(56, 56))[:500], "empty": b"",
+    "no image": b"hello", "no pixels": Image.new("RGB", (0, 5)), "a bomb": bomb(),
+    "animated": png(noise(56, 56), "GIF", save_all=True, append_images=[noise(56, 56, 1)]),
+    "animated png": png(noise(56, 56), save_all=True, append_images=[noise(56, 56, 1)]),
+    "a local file by URL": "file:///etc/passwd", "ftp": "ftp://127.0.0.1/a.png",
+    "nothing": None, "floats": Image.new("F", (56, 56)), "bad data URI": "data:image/png;base64,AA",
+}
+
+
+def asking(image, text="What color is the square?") -> dict:
+    return {"prompt": [{"role": "user", "content": [{"type": "image", "image": image},
+                                                    {"type": "text", "text": text}]}],
+            "answer": "red"}
+
+
+def generator_of(server, rows, rewards, **options) -> Generator:
+    trainer = make_trainer(**{f.name: getattr(server, f.name) for f in dataclasses.fields(server)}
+                           | {"max_dropped": 0.99, **options})
+    trainer.environment = Environment(train=rows, eval=[], rewards=rewards)
+    trainer.connect()
+    return trainer.generator
+
+
+def length(completion, answer, **info):
+    return float(len(completion))
+
+
+def test_bad_images_and_prompts_are_dropped_by_name_and_change_nothing_else(server):
+    good = [asking(noise(56, 56, i)) for i in range(3)]
+    bad = {**{name: asking(image) for name, image in BAD_IMAGES.items()},
+           "too long": asking(noise(56, 56), "What? " * 1000), "no prompt": {"answer": "red"}}
+    rows = [good[0], *bad.values(), *good[1:]]
+    generator = generator_of(server, rows, [length])
+    places = [0, len(rows) - 2, len(rows) - 1]
+    alone = generator.run([(rows, i, 4, 100 * i) for i in places])
+    among = generator.run([(rows, i, 4, 100 * i) for i in range(len(rows))])
+    for name in ("completion_ids", "completion_logprobs", "reward", "example_id"):
+        assert among[name] == alone[name]
+    assert alone.dropped == [] and len(among.dropped) == 4 * len(bad)
+    for i, name in enumerate(bad, start=1):
+        reasons = {reason for reason in among.dropped if reason.startswith(f"example {i}: ")}
+        assert len(reasons) == 1, name
+        if name in BAD_IMAGES and name != "no pixels":
+            assert "cannot read image" in reasons.pop()
+    assert any("maximum context length" in reason for reason in among.dropped)
+
+
+def test_unusual_images_are_seen_as_they_are(server):
+    """One pixel, CMYK, 16 bits, a palette: no drop, and trainer and server see the same."""
+    ramp = Image.frombytes("I;16", (64, 64), b"".join(
+        int(i * 65535 / 4095).to_bytes(2, "little") for i in range(4096)))
+    read = load_image(png(ramp))
+    assert read.getpixel((0, 0)) == (0, 0, 0) and read.getpixel((63, 63)) == (255, 255, 255)
+    assert abs(read.getpixel((32, 32))[0] - 130) < 3  # Pillow alone makes it 255
+    cmyk = noise(56, 56).convert("CMYK")
+    assert load_image(png(cmyk, "JPEG")).mode == "RGB"
+    rows = [asking(i) for i in (ramp, cmyk, noise(1, 1), noise(56, 56).convert("P"),
+                                noise(56, 56).convert("1"), noise(300, 3))]
+    trainer = make_trainer(**{f.name: getattr(server, f.name) for f in dataclasses.fields(server)})
+    trainer.environment = Environment(train=rows, eval=[], rewards=[length])
+    trainer.connect()
+    outputs = trainer.generator.run([(rows, i, 2, i * 2) for i in range(len(rows))])
+    assert {int(reason.split()[1][:-1]) for reason in outputs.dropped} <= {5}  # too oblong, if any
+    assert trainer.calibrate(trainer.build_batch(outputs))["max"] < 1e-5
+
+
+@pytest.mark.parametrize("seconds, size, pause", [(1, 2**20, 60), (1, 2**20, 0.2), (9, 50, 0)])
+def test_an_image_url_that_hangs_drips_or_never_ends_is_given_up(monkeypatch, seconds, size, pause):
+    monkeypatch.setattr("rollout.IMAGE_SECONDS", seconds)
+    monkeypatch.setattr("rollout.IMAGE_BYTES", size)
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with contextlib.suppress(OSError):
+            connection, _ = listening.accept()
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            for _ in range(1000):
+                time.sleep(pause)
+                connection.sendall(b"x")
+
+    threading.Thread(target=serve, daemon=True).start()
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="cannot read image 'http://127.0.0.1"):
+        load_image(f"http://127.0.0.1:{listening.getsockname()[1]}/a.png")
+    assert time.monotonic() - start < 5
+    listening.close()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, "1.0", [1.0], KeyError("x")])
+def test_a_bad_reward_drops_its_completion_alone(server, bad):
+    seen = []
+
+    def moody(completion, answer, **info):
+        seen.append(completion)
+        if len(seen) % 4 == 2:
+            if isinstance(bad, Exception):
+                raise bad
+            return bad
+        return True
+
+    generator = generator_of(server, [asking(noise(56, 56))], [moody])
+    outputs = generator.run([(generator.environment.train, 0, 4, 0)])
+    assert outputs.reward == [1.0] * 3 and len(outputs.dropped) == 1
+    assert outputs.dropped[0].startswith("example 0: ")
+
+
+def test_a_reward_that_never_returns_is_given_up(server):
+    generator = generator_of(server, [asking(noise(56, 56)), asking(noise(56, 56, 1))],
+                             [lambda text, answer, slow=False: time.sleep(60 * slow) or 1.0],
+                             generation_timeout=2)
+    rows = generator.environment.train
+    rows[1]["info"] = {"slow": True}
+    outputs = generator.run([(rows, 0, 4, 0), (rows, 1, 4, 4)])
+    assert len(outputs) == 4 and len(outputs.dropped) == 4
+
+
+def test_too_many_failures_end_the_run_with_a_checkpoint_and_the_reason(server, tmp_path):
+    config = dataclasses.replace(server, output_dir=str(tmp_path))
+    with served(config) as trainer:
+        def fragile(completion, answer, **info):
+            if trainer.step == 2:
+                raise OSError("the judge is gone")
+            return 1.0
+
+        trainer.environment = dataclasses.replace(trainer.environment, rewards=[fragile],
+                                                  weights=None)
+        with pytest.raises(RuntimeError, match="32 completions failed.*the judge is gone"):
+            trainer.train()
+    assert is_whole(tmp_path / "colors" / "checkpoint-2")
+    assert [line["dropped"] for line in metrics(config)] == [0, 0]
+
+
+# ---- completions and numbers
+
+def test_truncated_and_empty_completions():
+    trainer = make_trainer(mask_truncated=True)
+    outputs = canned(trainer, [([noise(56, 56)], [4, 3, 0, 2])])
+    outputs.finish_reason[0] = "length"
+    built = trainer.build_batch(outputs)
+    assert built.loss_mask.sum(1).tolist() == [0, 3, 0, 2]
+    assert built.advantages.tolist() == [0.5, -0.5, 0.5, -0.5]  # its reward still counts
+    assert trainer.update(outputs)["tokens"] == 5
+    assert make_trainer().build_batch(outputs).loss_mask.sum(1).tolist() == [4, 3, 0, 2]
+
+
+def test_numbers_that_are_not_finite_skip_the_step_and_end_the_run_at_the_third(tmp_path):
+    trainer = make_trainer(output_dir=str(tmp_path))
+    good = canned(trainer, [([noise(56, 56)], [4, 3, 4, 2])])
+    bad = canned(trainer, [([noise(56, 56)], [4, 3, 4, 2])])
+    encoded = trainer.adapter.encode(bad.prompt[0], bad.images[0])
+    encoded["pixel_values"][3, 3] = math.nan
+    bad.encoded = [encoded] * 4
+    trainer.update(good)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    assert [trainer.update(bad)["skipped"] for _ in range(2)] == [1, 1]
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+    assert trainer.update(good)["skipped"] == 0  # and the count starts again
+    assert trainer.update(bad)["skipped"] == trainer.update(bad)["skipped"] == 1
+    with pytest.raises(RuntimeError, match="not finite; see .*bad-batch-7.pt. In a row: 3"):
+        trainer.update(bad)
+    dumped = torch.load(tmp_path / "run" / "bad-batch-7.pt", weights_only=True)
+    assert dumped["pixel_values"].isnan().any() and dumped["input_ids"].shape[0] == 4
+
+
+def test_a_run_that_meets_nan_ends_with_a_checkpoint(server, tmp_path):
+    config = dataclasses.replace(server, output_dir=str(tmp_path))
+    with served(config) as trainer:
+        build = trainer.adapter.build_batch
+
+        def poisoned(outputs):
+            batch = build(outputs)
+            if trainer.step >= 2:
+                batch.pixel_values[:] = math.nan
+            return batch
+
+        trainer.adapter.build_batch = poisoned
+        with pytest.raises(RuntimeError, match="not finite"):
+            trainer.train()
+    assert [line["skipped"] for line in metrics(config)] == [0, 0, 1, 1]
+    assert is_whole(tmp_path / "colors" / "checkpoint-4")
+
+
+def test_nothing_in_a_checkpoint_is_unpickled(tmp_path):
+    import pickle
+
+    from train import checksums
+    trainer = make_trainer(output_dir=str(tmp_path))
+    trainer.resume()
+    trainer.step = 1
+    trainer.save()
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save({"step": Evil()}, tmp_path / "run" / "checkpoint-1" / "trainer.pt")
+    (tmp_path / "run" / "checkpoint-1" / "checksums.json").write_text(
+        json.dumps(checksums(tmp_path / "run" / "checkpoint-1")))
+    with pytest.raises(pickle.UnpicklingError):
+        make_trainer(output_dir=str(tmp_path), resume=True).resume()
+    assert not (tmp_path / "executed").exists()
+
+
+# ---- the command line
+
+MISTAKES = {  # words after "@ config.toml" -> what the one line says
+    "learning_rat=1": "unknown key 'trainer.args.learning_rat'; did you mean 'trainer.args.learning",
+    "trainer.learning_rate=1": "unknown key 'trainer.learning_rate'; did you mean 'trainer.args.l",
+    "inference.gpu=1": "did you mean 'inference.gpus'", "modle=x": "unknown key",
+    "trainer.args=4": "unknown key 'trainer.args'", "env=colors": "unknown key",
+    "max_steps=ten": "max_steps must be int, not 'ten'",
+    "max_steps=1.5": "max_steps must be int, not 1.5",
+    "max_steps=true": "max_steps must be int, not True", "max_steps": "is not key=value",
+    "env.args=3": "env_args must be dict", "batch_size=250": "times G",
+    "batch_size=16": "at least 2", "learning_rate=-1e-5": "learning_rate must be above 0",
+    "learning_rate=nan": "learning_rate must be above 0", "temperature=0": "temperature must be abo",
+    "micro_batch_size=0": "micro_batch_size must be above 0",
+    "vllm_server_port=70000": "vllm_server_port must be above 0 and at most 65535",
+    "mask_ratio_low=2.0": "mask_ratio_low must be at least 0 and at most 1",
+    "max_tokens=512": "max_tokens must be below max_model_len",
+    "resume=outputs/none": "resume must be true or a checkpoint's folder",
+    "env.id=nothing": "environment 'nothing': no load_environment() in a module",
+    "env.args.num_trian=3": "unexpected keyword argument 'num_trian'",
+    "env.args.num_train=0": "the train split is empty",
+    "env.args.num_eval=0": "no held-out split", "wandb_project=x": "No module named 'wandb'",
+    "model=no/such/model": "no/such/model", "output_dir=/proc/no": "/proc/no",
+    "vllm_server_port=TAKEN": "Address already in use", "trainer.gpus=2": "trainer.gpus must be",
+    "inference.args.enforce_eeger=true": "unrecognized arguments: --enforce-eeger",
+    "inference.args.dtype=float33": "float33",
+}
+FILES = {
+    'model = "x"\n[env]\nid = "colors"\n[inference.args]\nlimit_mm_per_prompt = {"image": 4}':
+        "Expected '='", '[env]\nid = "colors"': "it must set model", "\xff\xfe": "Invalid",
+    'model = "x"\n[env]\nid = "colors"\n[trainer.arg]\nmax_steps = 3': "unknown key 'trainer.arg",
+}
+
+
+@pytest.mark.timeout(900)
+def test_every_mistake_is_one_line_and_code_2_within_seconds(tmp_path):
+    taken = socket.create_server(("127.0.0.1", 0))
+    cases = [(["@", "config.toml", words.replace("TAKEN", str(taken.getsockname()[1])),
+               *([] if "port" in words else [f"vllm_server_port={free_port()}"]),
+               *([] if "output_dir" in words else [f"output_dir={tmp_path}"])], said)
+             for words, said in MISTAKES.items()]
+    for i, (text, said) in enumerate(FILES.items()):
+        (tmp_path / f"{i}.toml").write_text(text)
+        cases.append((["@", str(tmp_path / f"{i}.toml")], said))
+    cases += [(["@", "none.toml"], "none.toml: No such file"), (["@", "models"], "Is a directory"),
+              (["config.toml"], "usage: python train.py @ config.toml"), ([], "usage: python train")]
+
+    def check(case):
+        start = time.monotonic()
+        run = subprocess.run([sys.executable, "train.py", *case[0]], cwd=ROOT, text=True,
+                             capture_output=True, timeout=120)
+        errors = [line for line in run.stderr.splitlines() if "Loading weights" not in line]
+        return (case, run.returncode == 2 and case[1] in errors[-1] and errors[-1][:7] == "error: "
+                and "Traceback" not in run.stderr and time.monotonic() - start < 60, run.stderr)
+
+    with ThreadPoolExecutor(3) as pool:
+        wrong = [found for found in pool.map(check, cases) if not found[1]]
+    assert not wrong, wrong
