@@ -88,31 +88,57 @@ class GenerateOutputs(SimpleNamespace):
 
 def load_environment(env_id: str, args: dict) -> Environment:
     """Call my_env.load_environment(**args), or envs.my_env's; ValueError says what is wrong."""
-    name, where = env_id.replace("-", "_").split("/")[-1], f"environment {env_id!r}:"
+    name, loader = env_id.replace("-", "_").split("/")[-1], None
     for module_name in (name, f"envs.{name}"):
         try:
-            loader = getattr(importlib.import_module(module_name), "load_environment", None)
+            module = importlib.import_module(module_name)
+            loader = loader or getattr(module, "load_environment", None)
         except ModuleNotFoundError as error:
             if error.name not in (module_name, "envs"):
-                raise ValueError(f"{where} {module_name} needs {error.name}") from error
-            continue
-        if loader is None:
-            continue
-        try:
-            environment = loader(**args)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where} {error}") from error
-        if not len(environment.train):
-            raise ValueError(f"{where} the train split is empty")
-        if len(environment.weights or environment.rewards) != len(environment.rewards):
-            raise ValueError(f"{where} it needs one weight for each reward")
-        return environment
-    raise ValueError(f"{where} no load_environment() in a module {name!r} on sys.path "
-                     f"({sys.path[0] or '.'}, ...) or in envs/{name}.py")
+                raise  # the environment is there; something that it imports is not
+    if loader is None:
+        raise ValueError(f"environment {env_id!r}: no load_environment() in a module {name!r} on "
+                         f"sys.path ({sys.path[0] or '.'}, ...) or in envs/{name}.py")
+    try:
+        environment = loader(**args)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"environment {env_id!r}: {error}") from error
+    if not len(environment.train):
+        raise ValueError(f"environment {env_id!r}: the train split is empty")
+    return environment
+
+
+def load_image(source) -> Image.Image:
+    """RGB pixels of a PIL image, path, URL, data URI, bytes or {"bytes", "path"}; or ValueError.
+
+    16-bit gray is scaled: Pillow would clip it to white. Refused are animations (which frame is
+    meant?), what has no known range of values, and what Pillow takes for a decompression bomb.
+    """
+    try:
+        if isinstance(source, dict):  # Hugging Face datasets, undecoded
+            source = source.get("bytes") or source.get("path")
+        if isinstance(source, str) and source.startswith("data:"):
+            source = base64.b64decode(source.split(",", 1)[1])
+        elif isinstance(source, str) and "://" in source:
+            source = download(source)
+        source = io.BytesIO(source) if isinstance(source, bytes) else source
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        animated = getattr(image, "is_animated", False) and image.format != "MPO"  # of phones
+        if animated or image.mode in "IF" or image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.size} pixels, mode {image.mode}, animated: {animated}")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = image.convert("I").point(lambda value: value / 257).convert("L")
+        if image.has_transparency_data:  # on white, as vLLM does
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise nearly anything
+        raise ValueError(f"cannot read image {str(source)[:80]!r}: {error}") from error
 
 
 def download(url: str) -> bytes:
-    """The body of a URL, in IMAGE_SECONDS and IMAGE_BYTES, however slowly it drips."""
+    """The body of a URL, http or https alone; ValueError if it is too large or too slow."""
     deadline, body = time.monotonic() + IMAGE_SECONDS, b""
     with requests.get(url, timeout=IMAGE_SECONDS, stream=True) as response:
         response.raise_for_status()
@@ -121,40 +147,6 @@ def download(url: str) -> bytes:
             if len(body) > IMAGE_BYTES or time.monotonic() > deadline:
                 raise ValueError(f"more than {IMAGE_BYTES} bytes or {IMAGE_SECONDS} seconds")
     return body
-
-
-def load_image(source) -> Image.Image:
-    """RGB pixels of a PIL image, path, URL, data URI, bytes or {"bytes", "path"}; or ValueError.
-
-    16-bit gray is scaled, where Pillow would clip it to white. Animations are refused: which of
-    their pictures is meant? So is what Pillow takes for a decompression bomb.
-    """
-    try:
-        if isinstance(source, dict):  # Hugging Face datasets, undecoded
-            source = source.get("bytes") or source.get("path")
-        if isinstance(source, str) and source.startswith("data:"):
-            source = base64.b64decode(source.split(",", 1)[1])
-        elif isinstance(source, str) and source.startswith(("http://", "https://")):
-            source = download(source)
-        elif isinstance(source, str) and "://" in source:
-            raise ValueError("of URLs, only http, https and data are read")
-        source = io.BytesIO(source) if isinstance(source, bytes) else source
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's photograph
-            raise ValueError(f"it has {image.n_frames} frames")
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"it has {image.width} x {image.height} pixels")
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            image = image.convert("I").point(lambda value: value / 257).convert("L")
-        if image.mode in ("I", "F"):
-            raise ValueError(f"mode {image.mode} has no known range: convert it to 8 bits")
-        if image.has_transparency_data:  # on white, as vLLM does
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise nearly anything
-        raise ValueError(f"cannot read image {str(source)[:80]!r}: {error}") from error
 
 
 def png_data_uri(image: Image.Image) -> str:
@@ -190,7 +182,7 @@ class Generator:
         self.environment, self.url, self.config, self.encode = environment, url, config, encode
         self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
         atexit.register(self.pool.terminate)
-        self.local = threading.local()  # a session per thread
+        self.local, self.version = threading.local(), 0  # a session per thread; the server's weights
         self.request = {"model": self.call("get", "/v1/models")["data"][0]["id"],
                         "temperature": config.temperature, "max_tokens": config.max_tokens,
                         "logit_bias": {str(token): bias for token, bias in logit_bias.items()},
@@ -218,7 +210,7 @@ class Generator:
         Raises ServerError if the server is lost or hangs, RuntimeError if more than the share
         max_dropped failed. generation_timeout is also for rewards and images.
         """
-        rollouts, dropped = [], []  # dropped: (example, why), for each completion
+        rollouts, dropped, version = [], [], self.version  # dropped: (example, why) of completions
         waves = 2 + len(jobs) // self.config.max_concurrent
         deadline = time.monotonic() + waves * self.config.generation_timeout
         pending = [(job, self.pool.apply_async(self.group, (*job, dropped))) for job in jobs]
@@ -230,7 +222,7 @@ class Generator:
             except Exception as error:  # an environment's rows and images can fail in any way
                 dropped += [(index, error)] * n
         reasons = [f"example {i}: {type(why).__name__}: {why}" for i, why in dropped]
-        if any(isinstance(why, TimeoutError | requests.Timeout) for _, why in dropped):
+        if any(isinstance(why, requests.Timeout) for _, why in dropped):
             try:  # was it slow, or does the engine hang? Its health route would not know
                 self.call("post", "/v1/completions", {**self.request, "prompt": "a", "max_tokens": 1,
                                                       "logprobs": None})
@@ -241,40 +233,44 @@ class Generator:
                 f"{self.url}: {len(dropped)} completions failed and {len(rollouts)} did not (see "
                 f"max_dropped); the last: {reasons[-1]}") from dropped[-1][1]
         outputs = GenerateOutputs.from_rollouts(rollouts)
-        outputs.dropped = reasons
+        outputs.dropped, outputs.weight_version, outputs.finished = reasons, version, time.perf_counter()
         return outputs
 
     def group(self, rows: Sequence[dict], index: int, n: int, seed: int,
               dropped: list) -> list[Rollout]:
         """One prompt's completions, scored; those that cannot be scored go to dropped."""
-        row, rollouts, env = rows[index], [], self.environment
-        answer, info = row.get("answer", ""), row.get("info") or {}
+        row, rollouts = rows[index], []
         messages, images = render_prompt(row["prompt"])
         # vLLM gives sample i of a request the seed + i: neighbours are n apart, none overlap
         reply = self.call("post", "/v1/chat/completions", {
             **self.request, "messages": messages, "n": n, "seed": (self.config.seed << 40) + seed})
-        encoded = self.encode(row["prompt"], images) if self.encode else None
         url = next((part["image_url"]["url"] for m in messages for part in m["content"]
                     if isinstance(part, dict) and part["type"] == "image_url"), None)
+        shared = {"prompt": row["prompt"], "answer": row.get("answer", ""), "example_id": index,
+                  "info": row.get("info") or {}, "state": {"image_url": url, **row},
+                  "images": images, "prompt_ids": reply["prompt_token_ids"],
+                  "encoded": self.encode(row["prompt"], images) if self.encode else None}
         for choice in reply["choices"]:
             text = choice["message"]["content"] or ""
             try:
-                scores = {f.__name__: f(text, answer, **info) for f in env.rewards}
-                if any(isinstance(s, str) or not math.isfinite(s) for s in scores.values()):
-                    raise ValueError(f"rewards must be finite numbers, not {scores}")
-            except Exception as error:  # so can its reward functions
+                reward, scores = self.score(text, shared["answer"], shared["info"])
+            except Exception as error:  # reward functions, too, can fail in any way
                 dropped.append((index, error))
                 continue
-            scores = {name: float(score) for name, score in scores.items()}
-            weights = env.weights or [1.0] * len(scores)
             rollouts.append(Rollout(
-                prompt=row["prompt"], completion=text, answer=answer, info=info, example_id=index,
-                state={"image_url": url, **row}, images=images, encoded=encoded, metrics=scores,
-                reward=sum(w * s for w, s in zip(weights, scores.values(), strict=True)),
-                prompt_ids=reply["prompt_token_ids"], completion_ids=choice["token_ids"],
+                completion=text, reward=reward, metrics=scores, completion_ids=choice["token_ids"],
                 completion_logprobs=[t["logprob"] for t in choice["logprobs"]["content"]],
-                finish_reason=choice["finish_reason"]))
+                finish_reason=choice["finish_reason"], **shared))
         return rollouts
+
+    def score(self, completion: str, answer: str, info: dict) -> tuple[float, dict[str, float]]:
+        """(reward, the value of each reward function); ValueError if one is no finite number."""
+        rewards = self.environment.rewards
+        scores = {f.__name__: f(completion, answer, **info) for f in rewards}
+        if any(isinstance(score, str) or not math.isfinite(score) for score in scores.values()):
+            raise ValueError(f"rewards must be finite numbers, not {scores}")
+        pairs = zip(self.environment.weights or [1.0] * len(scores), scores.values(), strict=True)
+        return sum(w * float(s) for w, s in pairs), {n: float(s) for n, s in scores.items()}
 
     def call(self, method: str, route: str, body: dict | None = None) -> dict:
         """One HTTP call. ServerError without a connection, RuntimeError with a bad answer."""

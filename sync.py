@@ -1,9 +1,8 @@
 """The vLLM process and its weights: start it, wait for it, stop it, send it the trainer's weights.
 
 `python sync.py @ config.toml` runs the server alone, as vf-vllm does for verifiers. Weights travel
-by vLLM's own RL API and engines: NCCL between GPUs; on a CPU the same engine meets over gloo. The
-routes let a caller run code: a server started here listens on
-127.0.0.1 unless [inference.args] host says otherwise.
+by vLLM's own RL API and engines: NCCL between GPUs; on a CPU the same engine meets over gloo. Its
+routes let a caller run code: a server started here listens on 127.0.0.1 unless told otherwise.
 """
 import contextlib
 import functools
@@ -32,28 +31,25 @@ GUARD = 'exec 3<&0; (read line <&3; kill -9 0) & exec "$@" </dev/null 3<&-'
 
 def server_command(model: str, port: int, gpus: int, args: dict) -> list[str]:
     """vLLM's OpenAI server for RL, gpus = 0: on the CPU. args: any flags, JSON-encoded or --no-."""
-    defaults = {"model": model, "port": port, "host": "127.0.0.1",
-                "logprobs_mode": "processed_logprobs",
-                "weight_transfer_config": {"backend": "nccl"}}
-    if not gpus:
-        defaults["worker_extension_cls"] = "sync.GlooWorker"
-        # vLLM 0.32 crashes on a CPU when the prefill of a request with a seed is chunked
-        defaults["enable_chunked_prefill"] = False
+    flags = {"model": model, "port": port, "host": "127.0.0.1",
+             "logprobs_mode": "processed_logprobs", "weight_transfer_config": {"backend": "nccl"}}
+    if not gpus:  # vLLM 0.32 crashes on a CPU when the prefill of a request with a seed is chunked
+        flags |= {"worker_extension_cls": "sync.GlooWorker", "enable_chunked_prefill": False}
     elif gpus > 1 and not {"tensor_parallel_size", "data_parallel_size"} & args.keys():
-        defaults["tensor_parallel_size"] = gpus
+        flags["tensor_parallel_size"] = gpus
     # not the `vllm` command: the CPU package's does not work
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    for key, value in {**defaults, **args}.items():
-        flag = ("--no-" if value is False else "--") + key.replace("_", "-")
-        text = value if isinstance(value, str) else json.dumps(value)
-        command += [flag] if isinstance(value, bool) else [flag, text]
+    for key, value in (flags | args).items():
+        command.append(("--no-" if value is False else "--") + key.replace("_", "-"))
+        if not isinstance(value, bool):
+            command.append(value if isinstance(value, str) else json.dumps(value))
     return command
 
 
 class Server:
     """The vLLM server at url while the context lasts: one that is up already, or our own process.
 
-    log_path gets the output of our own. ValueError if it does not start, TimeoutError if nothing
+    log_path gets the output of our own. ValueError if it cannot start, TimeoutError if nothing
     answers in timeout seconds.
     """
 
@@ -65,25 +61,38 @@ class Server:
     def __enter__(self) -> "Server":
         if self.command and self.is_healthy():
             self.command = ()
-        self.restore()
+        try:
+            self.restore()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *_) -> None:
         self.stop()
 
     def restore(self) -> None:
-        """Start our own process (anew); wait until it answers, or until anyone else's does."""
+        """Start our own process (anew), or wait until somebody else's answers (again)."""
         self.stop()
         if self.command:
             self.start()
-        try:
-            self.wait()
-        except BaseException:
-            self.stop()
-            raise
+        start = time.monotonic()
+        while not self.is_healthy():
+            waited = time.monotonic() - start
+            if self.process and self.process.poll() is not None:
+                lines = self.log_path.read_text(errors="replace").strip().splitlines()
+                errors = " | ".join(([line for line in lines if "rror" in line] or lines)[-3:])
+                raise ValueError(f"vLLM ended with code {self.process.returncode} "
+                                 f"({self.log_path}): {errors}")
+            if waited > self.timeout:
+                raise TimeoutError(f"no vLLM server at {self.url} in vllm_server_timeout = "
+                                   f"{self.timeout:.0f} s; start one: `python sync.py @ CONFIG`")
+            if int(waited) % 5 == 0:
+                print(f"waiting for the vLLM server at {self.url} ({waited:.0f} s)", flush=True)
+            time.sleep(1)
 
     def start(self) -> None:
-        """Run the command in a session of its own, so that Ctrl-C reaches us alone."""
+        """Run the command, in a session of its own, so that Ctrl-C reaches us alone."""
         address = urlsplit(self.url)
         try:
             socket.create_server((address.hostname, address.port)).close()
@@ -114,26 +123,9 @@ class Server:
     def is_healthy(self) -> bool:
         """Whether it answers its health route right now."""
         try:
-            return requests.get(f"{self.url}/health", timeout=5).status_code == 200
+            return requests.get(f"{self.url}/health", timeout=5).ok
         except requests.RequestException:
             return False
-
-    def wait(self) -> None:
-        """Until it is healthy, or our own has ended, or the timeout is over."""
-        start = time.monotonic()
-        while not self.is_healthy():
-            waited = time.monotonic() - start
-            if self.process and self.process.poll() is not None:
-                lines = self.log_path.read_text(errors="replace").strip().splitlines()
-                errors = " | ".join(([line for line in lines if "rror" in line] or lines)[-3:])
-                raise ValueError(f"vLLM ended with code {self.process.returncode} "
-                                 f"({self.log_path}): {errors}")
-            if waited > self.timeout:
-                raise TimeoutError(f"no vLLM server at {self.url} in vllm_server_timeout = "
-                                   f"{self.timeout:.0f} s; start one: `python sync.py @ CONFIG`")
-            if int(waited) % 5 == 0:
-                print(f"waiting for the vLLM server at {self.url} ({waited:.0f} s)", flush=True)
-            time.sleep(1)
 
 
 class CheckpointSource:
@@ -165,10 +157,7 @@ class CheckpointSource:
 
 
 class WeightSync:
-    """Sends the trainer's weights to a vLLM server by vLLM's own engines: NCCL, or gloo on a CPU.
-
-    Meets every worker in a new group, after shutting down one that an earlier trainer left.
-    """
+    """Sends the trainer's weights to a vLLM server by vLLM's own engines: NCCL, or gloo on a CPU."""
 
     def __init__(self, url: str, source: CheckpointSource, backend: str, timeout: float):
         self.url, self.source, self.backend, self.timeout = url, source, backend, timeout
@@ -196,7 +185,7 @@ class WeightSync:
         self.engine = engine
 
     def meet(self):
-        """Form the group with the workers; vLLM's engine of the trainer's side."""
+        """A new group with the workers, whoever's group they are in; the trainer's side of it."""
         from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, nccl_engine
         if not self.call("shutdown_weight_transfer_engine", check=False).ok:
             # a trainer died in the middle of an update: one that cannot be read ends it

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy
@@ -39,16 +40,14 @@ SAMPLED = ("completion", "answer", "reward", "finish_reason")  # what is written
 ATTEMPTS = 3  # at anything that needs the server, before the run ends
 CAUSES = ("weights that do not arrive, a server without --logprobs-mode processed_logprobs, another "
           "dtype or attention kernel, other pixel limits in the server's processor")
-MAY_BE_ZERO = ("mask_ratio_low", "max_dropped", "sync_to_vllm_every", "inference_gpus", "trainer_gpus")
+MAY_BE_ZERO = ("mask_ratio_low", "max_dropped", "async_steps", "sync_to_vllm_every",
+               "inference_gpus", "trainer_gpus")
 AT_MOST = {"mask_ratio_low": 1, "clip_low": 1, "max_dropped": 1, "vllm_server_port": 65535}
 
 
 @dataclass(frozen=True)
 class MultimodalRLConfig:
-    """All that a run can be told: `model`, [env], [inference], [trainer]; the rest [trainer.args].
-
-    Raises ValueError naming the key whose value cannot be.
-    """
+    """All that a run can be told; ValueError names the key whose value cannot be."""
     model: str = ""                         # Hugging Face id or directory
     env_id: str = ""
     env_args: dict = field(default_factory=dict)
@@ -84,6 +83,7 @@ class MultimodalRLConfig:
     max_dropped: float = 0.5                # share of a step's completions that may fail
     mask_truncated: bool = False            # leave completions cut by max_tokens out of the loss
     kl_warning: float = 0.05                # mismatch KL of a step from which to warn
+    async_steps: int = 1                    # rollouts ahead of the trainer; 0 = exactly on-policy
     sync_to_vllm_every: int = 1             # steps; 0 = never, on purpose
     log_every_steps: int = 10               # sampled rollouts are written
     save_every_steps: int = 0               # 0 = only at the end
@@ -281,6 +281,7 @@ class MultimodalGRPOTrainer:
                                            config.learning_rate, weight_decay=config.weight_decay)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1.0, (step + 1) / max(1, config.warmup_steps)))
+        self.ahead, self.background = collections.deque(), ThreadPool(1)
         self.server, self.generator = sync.Server(config.url, config.vllm_server_timeout), None
         self.weights = sync.WeightSync(
             config.url, sync.CheckpointSource(model, torch.bfloat16 if on_gpu else None),
@@ -326,12 +327,12 @@ class MultimodalGRPOTrainer:
         if self.stopping:
             sys.exit(128 + number)
         self.stopping = number
-        tqdm.write("stopping after this step; once more to stop at once")
 
     def connect(self) -> None:
         """Wait for the server; send it our weights, whatever it served before."""
         config = self.config
-        self.server.wait()
+        if not self.server.is_healthy():
+            self.server.restore()
         self.generator = Generator(self.environment, config.url, config,
                                    {i: -100 for i in self.banned},
                                    self.adapter.encode if self.adapter.processor else None)
@@ -355,11 +356,20 @@ class MultimodalGRPOTrainer:
         """To the server, now, unless they are never synced, on purpose."""
         if self.config.sync_to_vllm_every:
             self.weights.send(self.step)
+            self.generator.version = self.step
 
     def rollouts(self) -> GenerateOutputs:
-        """This step's completions."""
+        """This step's completions; those of the next async_steps are begun in the background."""
         config = self.config
-        return self.generator.train_step(self.step, config.rollouts_per_step, config.group_size)
+        end = min(self.step + 1 + config.async_steps, config.max_steps)
+        for step in range(self.step + len(self.ahead), end):
+            self.ahead.append(self.background.apply_async(
+                self.generator.train_step, (step, config.rollouts_per_step, config.group_size)))
+        try:
+            return self.ahead.popleft().get()
+        except ServerError:
+            self.ahead.clear()  # they are lost, too
+            raise
 
     def update(self, outputs: GenerateOutputs) -> dict[str, float]:
         """One optimizer step on the given completions, without a server. Returns its metrics.
@@ -476,6 +486,8 @@ class MultimodalGRPOTrainer:
         """A line of metrics.jsonl; every log_every_steps three completions and their images."""
         seconds = [end - start for start, end in zip(clock, clock[1:])]
         self.write({**metrics, "tokens_per_second": metrics["tokens"] / sum(seconds),
+                    "staleness": metrics["step"] - 1 - outputs.weight_version,
+                    "seconds_waited": max(0.0, clock[0] - outputs.finished),
                     **dict(zip(("seconds_rollout", "seconds_train", "seconds_sync"), seconds))})
         for reason, count in collections.Counter(outputs.dropped).most_common(3):
             tqdm.write(f"step {self.step}: {count} completions dropped: {reason[:300]}")
@@ -484,13 +496,12 @@ class MultimodalGRPOTrainer:
         if self.step % self.config.log_every_steps == 0:
             folder = self.run_dir / "rollouts" / f"step-{self.step}"
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "rollouts.jsonl", "w") as file:
-                for i in range(0, len(outputs), max(1, len(outputs) // 3)):
-                    record = {name: outputs[name][i] for name in SAMPLED}
-                    record["prompt"] = self.tokenizer.decode(outputs.prompt_ids[i])
-                    file.write(json.dumps({"row": i, **record}, default=str) + "\n")
-                    for j, image in enumerate(outputs.images[i]):
-                        image.save(folder / f"{i}-{j}.png")
+            for i in range(0, len(outputs), max(1, len(outputs) // 3)):
+                record = {name: outputs[name][i] for name in SAMPLED}
+                record["prompt"] = self.tokenizer.decode(outputs.prompt_ids[i])
+                (folder / f"{i}.json").write_text(json.dumps(record, default=str))
+                for j, image in enumerate(outputs.images[i]):
+                    image.save(folder / f"{i}-{j}.png")
 
     def write(self, metrics: dict[str, float]) -> None:
         """Append to metrics.jsonl, and to Weights & Biases where it is asked for."""
