@@ -36,6 +36,7 @@ def processes_with(word: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143),
                                         (signal.SIGKILL, -9)])
 def test_the_server_that_train_started_ends_with_it(tmp_path, kill, code):
@@ -66,16 +67,17 @@ def test_a_server_that_is_up_is_used_again_and_left_running(server, tmp_path):
     assert not list(tmp_path.glob("*-vllm.log"))
 
 
-def test_kl_grows_when_the_weights_are_never_synced(server, tmp_path):
+def test_kl_grows_when_the_weights_are_never_synced(server, tmp_path, capsys):
     with served(dataclasses.replace(server, output_dir=str(tmp_path), max_steps=1)) as trainer:
         trainer.train()  # the server has the weights of this run's first step now
     config = dataclasses.replace(server, model=str(tmp_path / "colors" / "checkpoint-1"),
                                  output_dir=str(tmp_path), run_name="stale", max_steps=6,
-                                 sync_to_vllm_every=0, learning_rate=3e-3)
+                                 sync_to_vllm_every=0, learning_rate=3e-3, kl_warning=1e-4)
     with served(config) as trainer:
         trainer.train()
     kl = [line["kl"] for line in metrics(config)]
     assert kl[0] < 1e-6 and max(kl[3:]) > 1e-4
+    assert "mismatch KL" in (said := capsys.readouterr().out) and "processed_logprobs" in said
 
 
 def test_the_final_checkpoint_scores_the_same_on_a_new_server(server, tmp_path):
