@@ -437,7 +437,7 @@ class MultimodalGRPOTrainer:
         Prompts will not be shared if that fails, or changes logprobs or gradient (as a detached
         cache would). RuntimeError if the server is another policy than the dtype explains.
         """
-        self.calibrated, found = True, []
+        self.calibrated, passes = True, []
         first = torch.linspace(0, max(0, len(batch) - 2), 4).long()  # and each one's neighbour
         rows = torch.cat([first, first + 1]).clamp(max=len(batch) - 1).unique()
         micro = batch.select(rows[:self.config.micro_batch_size]).to(self.device)
@@ -447,19 +447,20 @@ class MultimodalGRPOTrainer:
                 logprobs, _ = self.logprobs(micro, share)
                 (logprobs.sum(1) @ torch.arange(1.0, len(micro) + 1).to(self.device)).backward()
                 norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)
-                found.append((logprobs.detach(), norm))
+                passes.append((logprobs.detach(), norm))
                 self.model.zero_grad()
-            off, norm_off = (found[0][0] - found[-1][0]).abs().max(), abs(norm / found[0][1] - 1)
-            if off > exact or norm_off > 10 * exact:
-                raise ValueError(f"logprobs differ by {off:.1e}, the gradient by {norm_off:.1%}")
+            (plain, plain_norm), (shared, norm) = passes[0], passes[-1]
+            off = (plain - shared).abs().max()
+            if not (off <= exact and abs(norm - plain_norm) <= 10 * exact * plain_norm):
+                raise ValueError(f"logprobs differ by {off:.1e}, gradients {plain_norm}, {norm}")
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            if not found:
+            if not passes:
                 raise
             self.can_share = False
             self.model.zero_grad()
             tqdm.write("prompts are not shared, every completion is forwarded with its own: "
                        f"{type(error).__name__}: {str(error)[:200]}")
-        off = (found[0][0] - micro.behavior_logprobs)[micro.loss_mask.bool()]
+        off = (passes[0][0] - micro.behavior_logprobs)[micro.loss_mask.bool()]
         found = {"max": off.abs().max().item(), "mean": off.abs().mean().item(),
                  "kl": (off.expm1() - off).mean().item()}
         said = (f"trainer and server: logprobs of {len(off)} tokens differ by {found['max']:.1e}"
@@ -529,6 +530,7 @@ class MultimodalGRPOTrainer:
         (partial / "checksums.json").write_text(json.dumps(checksums(partial)))
         os.sync()  # before the name says that it is whole
         partial.rename(target)
+        os.sync()
         self.saved = self.step
         for path in self.checkpoints()[:-self.config.keep_checkpoints]:
             shutil.rmtree(path)
@@ -555,6 +557,7 @@ class MultimodalGRPOTrainer:
                 raise ValueError(f"resume = {wanted!r} is no whole checkpoint")
         metrics = self.run_dir / "metrics.jsonl"
         if path.resolve().parent == self.run_dir.resolve():
+            metrics.touch()
             os.truncate(metrics, min(state["metrics_bytes"], os.path.getsize(metrics)))
             for later in own[own.index(self.run_dir / path.name) + 1:]:
                 later.rename(self.run_dir / f"{past}-{later.name}")
