@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 PER_TOKEN = ("input_ids", "attention_mask", "loss_mask", "behavior_logprobs")
 PER_ROW = ("rewards", "prompt_index", "advantages")
@@ -35,24 +36,20 @@ class MultimodalBatch:
     advantages: Tensor | None = None       # (B,) set by the trainer
 
     def __post_init__(self):
-        shape = tuple(self.input_ids.shape)
         if self.prompt_index is None:
-            self.prompt_index = torch.arange(shape[0])
-        for names, symbols, wanted in ((PER_TOKEN, "(B, L)", shape), (PER_ROW, "(B,)", shape[:1])):
-            for name in names:
-                given = getattr(self, name)
-                if given is not None and tuple(given.shape) != wanted:
-                    raise ValueError(f"{name} is {tuple(given.shape)}, but must be {symbols} = "
-                                     f"{wanted} as input_ids: column t speaks of token t")
+            self.prompt_index = torch.arange(len(self))
+        for name in PER_TOKEN + PER_ROW:
+            given, wanted = getattr(self, name), self.input_ids.shape[:1 + (name in PER_TOKEN)]
+            if given is not None and given.shape != wanted:
+                raise ValueError(f"{name} is {tuple(given.shape)}, but must be {tuple(wanted)}: "
+                                 "the (B, L) of input_ids per token, (B,) per row")
         if self.loss_mask[:, :1].any():
             raise ValueError("loss_mask: column 0 must be 0, nothing comes before the first token")
-        grid = self.extra_model_kwargs.get("image_grid_thw")
+        grid = self.extra_model_kwargs.get("image_grid_thw", ())
         for key, tensor in self.image_tensors().items():
-            if key not in self.image_rows and len(tensor) == len(self):
-                self.image_rows[key] = [1] * len(self)
-            elif key not in self.image_rows and grid is not None and len(grid) == len(self):
-                self.image_rows[key] = grid.prod(-1).tolist()
-            if sum(self.image_rows.get(key, [])) != len(tensor):
+            patches = grid.prod(-1).tolist() if len(grid) == len(self) else []
+            own = [1] * len(self) if len(tensor) == len(self) else patches
+            if sum(self.image_rows.setdefault(key, own)) != len(tensor):
                 raise ValueError(f"{key} has {len(tensor)} entries along dim 0; image_rows[{key!r}]"
                                  " must say how many belong to each prompt, and add up to that")
 
@@ -60,14 +57,11 @@ class MultimodalBatch:
         return len(self.input_ids)
 
     def token_tensors(self) -> dict[str, Tensor]:
-        """The extra model kwargs of shape (B, L), such as mm_token_type_ids."""
         return {k: v for k, v in self.extra_model_kwargs.items() if v.shape == self.input_ids.shape}
 
     def image_tensors(self) -> dict[str, Tensor]:
-        """The model kwargs that hold images along dim 0."""
         every = {"pixel_values": self.pixel_values, **self.extra_model_kwargs}
-        return {k: v for k, v in every.items()
-                if v is not None and v.shape != self.input_ids.shape}
+        return {k: v for k, v in every.items() if v is not None and k not in self.token_tensors()}
 
     def images_of(self, prompts: list[int]) -> dict[str, Tensor]:
         """The image tensors of these prompts, in this order; none where they have no images."""
@@ -75,8 +69,7 @@ class MultimodalBatch:
         found = {k: torch.cat([v[p] for p in prompts]) for k, v in pieces.items()}
         return {k: v for k, v in found.items() if len(v)}
 
-    def lengths(self) -> Tensor:
-        """(B,) tokens of each row."""
+    def lengths(self) -> Tensor:  # (B,)
         return self.attention_mask.sum(1)
 
     def prompt_lengths(self) -> Tensor:
@@ -115,13 +108,12 @@ class MultimodalBatch:
         longest = lengths.new_zeros(len(self)).scatter_reduce(0, prompts, lengths, "amax")[prompts]
         alive = keep & (self.advantages != 0)
         keep = alive if alive.any() else keep & (keep.cumsum(0) <= size)
-        keys = zip((-longest).tolist(), prompts.tolist(), (-lengths).tolist(), range(len(self)))
-        order = torch.tensor([row for *_, row in sorted(keys) if keep[row]], dtype=torch.long)
+        keys = torch.stack([-longest, prompts, -lengths], 1).tolist()
+        order = sorted(keep.nonzero()[:, 0].tolist(), key=keys.__getitem__)
         for start in range(0, len(order), size):
-            yield self.select(order[start:start + size])
+            yield self.select(torch.tensor(order[start:start + size]))
 
     def to(self, device) -> "MultimodalBatch":
-        """The batch with every tensor on the device."""
         moved = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
         extra = {name: v.to(device) for name, v in self.extra_model_kwargs.items()}
         return replace(self, **moved, extra_model_kwargs=extra)
@@ -134,9 +126,9 @@ class MultimodalBatch:
         def cost(rows, queries, keys):
             return rows * queries * (1 + keys / (6 * hidden_size))
 
-        prompts, length = self.prompt_lengths(), self.lengths().max()
-        prompt, rest = prompts.max(), (self.lengths() - prompts).max()
-        b, p = len(self), int(self.prompt_index.max()) + 1
+        lengths, prompts = self.lengths(), self.prompt_lengths()
+        length, prompt, rest = lengths.max(), prompts.max(), (lengths - prompts).max()
+        b, p = len(self), self.prompt_index.max() + 1
         patches = torch.tensor(self.image_rows.get("pixel_values", [0] * p))
         shared = cost(p, prompt, prompt) + cost(b, rest, prompt + rest) + patches.sum()
         return bool(shared < 0.9 * (cost(b, length, length) + patches[self.prompt_index].sum()))
@@ -157,17 +149,16 @@ class MultimodalBatch:
         >>> completions["input_ids"].tolist()   # one line per completion, right-padded
         [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
         """
-        lengths, prompts = self.lengths(), self.prompt_lengths()
-        rows, width = torch.arange(len(self), device=lengths.device), int(prompts.max())
-        first = rows.new_zeros(int(self.prompt_index.max()) + 1)  # (P,) a row of each prompt
-        first.scatter_reduce_(0, self.prompt_index, rows, "amin", include_self=False)
-        columns = torch.arange(width + int((lengths - prompts).max()), device=lengths.device)
-        source = columns - (width - prompts)[:, None]  # (b, W_p + W_c)
-        real = (source >= 0) & (source < lengths[:, None])
-        source = source.clamp(0, self.input_ids.shape[1] - 1)
-        aligned = {key: tensor.gather(1, source) * real for key, tensor in {
-            "input_ids": self.input_ids, "attention_mask": self.attention_mask,
-            "loss_mask": self.loss_mask, **self.token_tensors()}.items()}
-        trained = aligned.pop("loss_mask")[:, width:].bool()
-        return ({key: tensor[first, :width] for key, tensor in aligned.items()},
-                {key: tensor[:, width:] for key, tensor in aligned.items()}, trained)
+        def cut(tensor, spans, side="right"):
+            pieces = [tensor[row, start:end] for row, start, end in spans]
+            return pad_sequence(pieces, batch_first=True, padding_side=side)
+
+        index, starts = self.prompt_index.tolist(), self.prompt_lengths().tolist()
+        first_rows = [index.index(prompt) for prompt in range(max(index) + 1)]
+        prompts = [(row, 0, starts[row]) for row in first_rows]
+        completions = list(zip(range(len(self)), starts, self.lengths().tolist()))
+        tokens = {"input_ids": self.input_ids, "attention_mask": self.attention_mask,
+                  **self.token_tensors()}
+        return ({key: cut(tensor, prompts, "left") for key, tensor in tokens.items()},
+                {key: cut(tensor, completions) for key, tensor in tokens.items()},
+                cut(self.loss_mask, completions).bool())

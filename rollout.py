@@ -180,9 +180,10 @@ class Generator:
     def __init__(self, environment: Environment, url: str, config, logit_bias: dict[int, float],
                  encode: Callable | None = None):
         self.environment, self.url, self.config, self.encode = environment, url, config, encode
+        self.version = 0  # the step whose weights the server has
+        self.local = threading.local()  # a session per thread
         self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
         atexit.register(self.pool.terminate)
-        self.local, self.version = threading.local(), 0  # a session per thread; the server's weights
         self.request = {"model": self.call("get", "/v1/models")["data"][0]["id"],
                         "temperature": config.temperature, "max_tokens": config.max_tokens,
                         "logit_bias": {str(token): bias for token, bias in logit_bias.items()},
@@ -190,6 +191,10 @@ class Generator:
 
     def train_step(self, step: int, num_prompts: int, group_size: int) -> GenerateOutputs:
         """The step's prompts, group_size times each: they advance through shuffled epochs."""
+        return self.begin(step, num_prompts, group_size)()
+
+    def begin(self, step: int, num_prompts: int, group_size: int) -> Callable[[], GenerateOutputs]:
+        """train_step in the background: call what it returns to wait for the completions."""
         rows, jobs = self.environment.train, []
         for position in range(step * num_prompts, (step + 1) * num_prompts):
             epoch, offset = divmod(position, len(rows))
@@ -197,44 +202,57 @@ class Generator:
                 order = list(range(len(rows)))
                 random.Random(f"{self.config.seed}-{epoch}").shuffle(order)
             jobs.append((rows, order[offset], group_size, position * group_size))
-        return self.run(jobs)
+        return self.submit(jobs)
 
     def evaluate(self, num_samples: int = 1) -> GenerateOutputs:
         """Every held-out row, sampled at the training temperature with seeds of its own."""
         rows = self.environment.eval
-        return self.run([(rows, i, num_samples, 2**39 + i * num_samples) for i in range(len(rows))])
+        jobs = [(rows, i, num_samples, 2**39 + i * num_samples) for i in range(len(rows))]
+        return self.submit(jobs)()
 
-    def run(self, jobs: list[tuple]) -> GenerateOutputs:
-        """Jobs are (rows, index, n, first seed). What failed is left out, and named in `dropped`.
+    def submit(self, jobs: list[tuple]) -> Callable[[], GenerateOutputs]:
+        """Start jobs of (rows, index, n, first seed); what is returned waits for them.
 
-        Raises ServerError if the server is lost or hangs, RuntimeError if more than the share
-        max_dropped failed. generation_timeout is also for rewards and images.
+        What fails is left out, and named in `dropped`. Raises ServerError if the server is lost or
+        hangs, RuntimeError if more than the share max_dropped failed. generation_timeout is also
+        for rewards and images.
         """
-        rollouts, dropped, version = [], [], self.version  # dropped: (example, why) of completions
-        waves = 2 + len(jobs) // self.config.max_concurrent
-        deadline = time.monotonic() + waves * self.config.generation_timeout
-        pending = [(job, self.pool.apply_async(self.group, (*job, dropped))) for job in jobs]
-        for (_, index, n, _), group in pending:
-            try:
-                rollouts += group.get(max(0, deadline - time.monotonic()))
-            except ServerError:
-                raise
-            except Exception as error:  # an environment's rows and images can fail in any way
-                dropped += [(index, error)] * n
-        reasons = [f"example {i}: {type(why).__name__}: {why}" for i, why in dropped]
-        if any(isinstance(why, requests.Timeout) for _, why in dropped):
-            try:  # was it slow, or does the engine hang? Its health route would not know
-                self.call("post", "/v1/completions", {**self.request, "prompt": "a", "max_tokens": 1,
-                                                      "logprobs": None})
-            except requests.Timeout as error:
-                raise ServerError(f"{self.url} hangs: {error}") from error
-        if not rollouts or len(dropped) > self.config.max_dropped * (len(dropped) + len(rollouts)):
-            raise RuntimeError(
-                f"{self.url}: {len(dropped)} completions failed and {len(rollouts)} did not (see "
-                f"max_dropped); the last: {reasons[-1]}") from dropped[-1][1]
-        outputs = GenerateOutputs.from_rollouts(rollouts)
-        outputs.dropped, outputs.weight_version, outputs.finished = reasons, version, time.perf_counter()
-        return outputs
+        dropped, finished, version = [], [0.0], self.version
+        groups = [(job, self.pool.apply_async(self.group, (*job, dropped), callback=lambda _: (
+            finished.append(time.perf_counter())))) for job in jobs]
+
+        def collect() -> GenerateOutputs:
+            rollouts, waves = [], 2 + len(jobs) // self.config.max_concurrent
+            deadline = time.monotonic() + waves * self.config.generation_timeout
+            for (_, index, n, _), group in groups:
+                try:
+                    rollouts += group.get(max(0, deadline - time.monotonic()))
+                except ServerError:
+                    raise
+                except Exception as error:  # rows and images of an environment fail in any way
+                    dropped.extend([(index, error)] * n)
+            if any(isinstance(why, requests.Timeout) for _, why in dropped):
+                self.check_engine()
+            reasons = [f"example {i}: {type(why).__name__}: {why}" for i, why in dropped]
+            asked = len(dropped) + len(rollouts)
+            if not rollouts or len(dropped) > self.config.max_dropped * asked:
+                raise RuntimeError(f"{self.url}: {len(dropped)} completions failed and "
+                                   f"{len(rollouts)} did not (see max_dropped); the last: "
+                                   f"{reasons[-1]}") from dropped[-1][1]
+            outputs = GenerateOutputs.from_rollouts(rollouts)
+            outputs.dropped, outputs.weight_version = reasons, version
+            outputs.finished = max(finished)
+            return outputs
+
+        return collect
+
+    def check_engine(self) -> None:
+        """ServerError if nothing is sampled any more: the health route would not know."""
+        probe = {"model": self.request["model"], "prompt": "a", "max_tokens": 1}
+        try:
+            self.call("post", "/v1/completions", probe)
+        except requests.Timeout as error:
+            raise ServerError(f"{self.url} hangs: {error}") from error
 
     def group(self, rows: Sequence[dict], index: int, n: int, seed: int,
               dropped: list) -> list[Rollout]:
@@ -283,7 +301,8 @@ class Generator:
                 if response.ok:
                     return response.json()
                 if pause is None or response.status_code < 500:
-                    raise RuntimeError(f"{response.url}: {response.status_code} {response.text[:500]}")
+                    raise RuntimeError(f"{response.url}: {response.status_code} "
+                                       f"{response.text[:500]}")
             except requests.ConnectionError as error:
                 if pause is None or isinstance(error, requests.Timeout):
                     raise ServerError(f"no connection to {self.url}: {error}") from error

@@ -157,7 +157,7 @@ class CheckpointSource:
 
 
 class WeightSync:
-    """Sends the trainer's weights to a vLLM server by vLLM's own engines: NCCL, or gloo on a CPU."""
+    """Sends the trainer's weights to a vLLM server by vLLM's own engine, over "nccl" or "gloo"."""
 
     def __init__(self, url: str, source: CheckpointSource, backend: str, timeout: float):
         self.url, self.source, self.backend, self.timeout = url, source, backend, timeout

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy
@@ -280,7 +279,7 @@ class MultimodalGRPOTrainer:
                                            config.learning_rate, weight_decay=config.weight_decay)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1.0, (step + 1) / max(1, config.warmup_steps)))
-        self.ahead, self.background = collections.deque(), ThreadPool(1)
+        self.ahead = collections.deque()  # steps whose rollouts are under way
         self.server, self.generator = sync.Server(config.url, config.vllm_server_timeout), None
         self.weights = sync.WeightSync(
             config.url, sync.CheckpointSource(model, torch.bfloat16 if on_gpu else None),
@@ -363,9 +362,9 @@ class MultimodalGRPOTrainer:
         config = self.config
         end = min(self.step + 1 + config.async_steps, config.max_steps)
         for step in range(self.step + len(self.ahead), end):
-            self.ahead.append(self.background.apply_async(
-                self.generator.train_step, (step, config.rollouts_per_step, config.group_size)))
-        return self.ahead.popleft().get()
+            self.ahead.append(self.generator.begin(step, config.rollouts_per_step,
+                                                   config.group_size))
+        return self.ahead.popleft()()
 
     def update(self, outputs: GenerateOutputs) -> dict[str, float]:
         """One optimizer step on the given completions, without a server. Returns its metrics.
@@ -589,7 +588,8 @@ def checksums(folder: Path) -> dict[str, str]:
     for path in folder.rglob("*"):
         if path.is_file() and path.name != "checksums.json":
             with path.open("rb") as file:
-                sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = hashlib.file_digest(file, "sha256")
+            sums[str(path.relative_to(folder))] = digest.hexdigest()
     return sums
 
 

@@ -391,8 +391,8 @@ def test_bad_images_and_prompts_are_dropped_by_name_and_change_nothing_else(serv
     rows = [good[0], *bad.values(), *good[1:]]
     generator = generator_of(server, rows, [length])
     places = [0, len(rows) - 2, len(rows) - 1]
-    alone = generator.run([(rows, i, 4, 100 * i) for i in places])
-    among = generator.run([(rows, i, 4, 100 * i) for i in range(len(rows))])
+    alone = generator.submit([(rows, i, 4, 100 * i) for i in places])()
+    among = generator.submit([(rows, i, 4, 100 * i) for i in range(len(rows))])()
     for name in ("completion_ids", "completion_logprobs", "reward", "example_id"):
         assert among[name] == alone[name]
     assert alone.dropped == [] and len(among.dropped) == 4 * len(bad)
@@ -418,7 +418,7 @@ def test_unusual_images_are_seen_as_they_are(server):
     trainer = make_trainer(**{f.name: getattr(server, f.name) for f in dataclasses.fields(server)})
     trainer.environment = Environment(train=rows, eval=[], rewards=[length])
     trainer.connect()
-    outputs = trainer.generator.run([(rows, i, 2, i * 2) for i in range(len(rows))])
+    outputs = trainer.generator.submit([(rows, i, 2, i * 2) for i in range(len(rows))])()
     assert {int(reason.split()[1][:-1]) for reason in outputs.dropped} <= {5}  # too oblong, if any
     assert trainer.calibrate(trainer.build_batch(outputs))["max"] < 1e-5
 
@@ -458,7 +458,7 @@ def test_a_bad_reward_drops_its_completion_alone(server, bad):
         return True
 
     generator = generator_of(server, [asking(noise(56, 56))], [moody])
-    outputs = generator.run([(generator.environment.train, 0, 4, 0)])
+    outputs = generator.submit([(generator.environment.train, 0, 4, 0)])()
     assert outputs.reward == [1.0] * 3 and len(outputs.dropped) == 1
     assert outputs.dropped[0].startswith("example 0: ")
 
@@ -469,7 +469,7 @@ def test_a_reward_that_never_returns_is_given_up(server):
                              generation_timeout=2)
     rows = generator.environment.train
     rows[1]["info"] = {"slow": True}
-    outputs = generator.run([(rows, 0, 4, 0), (rows, 1, 4, 4)])
+    outputs = generator.submit([(rows, 0, 4, 0), (rows, 1, 4, 4)])()
     assert len(outputs) == 4 and len(outputs.dropped) == 4
 
 

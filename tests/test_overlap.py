@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+import requests
 import torch
 
 from conftest import make_trainer, noise
@@ -32,18 +33,19 @@ def test_slow_rollouts_hide_behind_training(server, tmp_path):
         config = dataclasses.replace(server, output_dir=str(tmp_path), run_name=f"slow-{ahead}",
                                      max_steps=5, async_steps=ahead)
         with served(config) as trainer:
-            update, run = trainer.update, type(trainer.generator)
-            trainer.connect()
-            generate = trainer.generator.train_step
+            update = trainer.update
 
-            def slow(seconds, action, *args):
-                found = action(*args)
-                time.sleep(seconds)
-                return found
+            def slow_judge(completion, answer, **info):
+                time.sleep(3 / config.group_size)
+                return float(answer in completion)
 
-            trainer.connect = lambda: setattr(
-                trainer.generator, "train_step", lambda *args: slow(3, generate, *args))
-            trainer.update = lambda outputs: slow(3, update, outputs)
+            def slow_update(outputs):
+                time.sleep(3)
+                return update(outputs)
+
+            trainer.environment = dataclasses.replace(trainer.environment, rewards=[slow_judge],
+                                                      weights=None)
+            trainer.update = slow_update
             trainer.train()
         spent[ahead] = sorted(sum(line[f"seconds_{part}"] for part in ("rollout", "train", "sync"))
                               for line in metrics(config)[1:])[2]
@@ -72,6 +74,14 @@ def _frames(error):
     return traceback.extract_tb(error.__traceback__)
 
 
+def tokens_sampled(url: str) -> float:
+    """By the server since its start."""
+    text = requests.get(f"{url}/metrics", timeout=10).text
+    return sum(float(line.split()[-1]) for line in text.splitlines()
+               if line.startswith("vllm:generation_tokens_total"))
+
+
+@pytest.mark.timeout(120)
 def test_a_request_in_flight_goes_on_with_the_new_weights(server, tmp_path):
     """Its tokens' logprobs are the old policy's before the update, the new one's after it."""
     trainer = make_trainer(**{f.name: getattr(server, f.name) for f in dataclasses.fields(server)})
@@ -81,17 +91,18 @@ def test_a_request_in_flight_goes_on_with_the_new_weights(server, tmp_path):
     rows = [asking(image)]
     generator.environment = dataclasses.replace(
         generator.environment, rewards=[lambda completion, answer, **info: 1.0], weights=None)
-    running = threading.Thread(
-        target=lambda: replies.append(generator.run([(rows, 0, 4, 0)])))
-    running.start()
-    time.sleep(0.6)
+    noises = [0.1 * p.std(correction=0) * torch.randn_like(p) for p in trainer.model.parameters()]
     old = [p.detach().clone() for p in trainer.model.parameters()]
+    sampled = tokens_sampled(server.url)
+    running = threading.Thread(
+        target=lambda: replies.append(generator.submit([(rows, 0, 4, 0)])()))
+    running.start()
+    while tokens_sampled(server.url) < sampled + 100:  # of 4 x 440
+        time.sleep(0.005)
     with torch.no_grad():
-        for p in trainer.model.parameters():
-            p += 0.1 * p.std(correction=0) * torch.randn_like(p)
-    assert running.is_alive()
+        for p, noise_of_p in zip(trainer.model.parameters(), noises):
+            p += noise_of_p
     trainer.send_weights()
-    assert running.is_alive()
     running.join(60)
     batch = trainer.build_batch(replies[0])
     mask, off = batch.loss_mask.bool(), []
