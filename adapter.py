@@ -9,6 +9,7 @@ import sys
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from batch import MultimodalBatch
 from rollout import GenerateOutputs
@@ -22,38 +23,24 @@ class MultimodalAdapter:
         self.processor = processor
 
     def build_batch(self, outputs: GenerateOutputs) -> MultimodalBatch:
-        """One (B, L) row per completion, in the order of outputs; images once per prompt.
-
-        Raises ValueError if processor and server disagree about a prompt.
-        """
+        """One (B, L) row per completion; ValueError if the server read a prompt otherwise."""
         given = getattr(outputs, "encoded", [None] * len(outputs))
         prompts, encoded, index = {}, [], []  # distinct prompts, by token ids and image objects
         for i, (ids, images) in enumerate(zip(outputs.prompt_ids, outputs.images, strict=True)):
-            key = (tuple(ids), *map(id, images))
-            if key not in prompts:
-                prompts[key] = len(encoded)
+            index.append(prompts.setdefault((tuple(ids), *map(id, images)), len(prompts)))
+            if len(encoded) < len(prompts):
                 encoded.append(given[i] or self.encode(outputs.prompt[i], images))
                 self.check(encoded[-1]["input_ids"][0].tolist(), ids, outputs.example_id[i])
-            index.append(prompts[key])
-        pairs = list(zip(outputs.completion_ids, outputs.completion_logprobs, strict=True))
-        if any(len(ids) != len(logprobs) for ids, logprobs in pairs):
+        rows = [(p + c, [1] * len(p + c), [0] * len(p) + [1] * len(c), [0.0] * len(p) + logprobs)
+                for p, c, logprobs in zip(outputs.prompt_ids, outputs.completion_ids,
+                                          outputs.completion_logprobs, strict=True)]
+        if any(len(ids) != len(logprobs) for ids, *_, logprobs in rows):
             raise ValueError("the server must return one logprob for each token of a completion")
-        width = max(len(p) + len(c) for p, c in zip(outputs.prompt_ids, outputs.completion_ids))
-
-        def rows(prompt, completions, dtype=torch.long) -> Tensor:
-            """(B, width): of each row the prompt part, the completion part, and zeros."""
-            lists = [p + c for p, c in zip(prompt, completions, strict=True)]
-            return torch.tensor([row + [0] * (width - len(row)) for row in lists], dtype=dtype)
-
-        zeros, ones = ([[bit] * len(p) for p in outputs.prompt_ids] for bit in (0, 1))
-        sampled = [[1] * len(c) for c in outputs.completion_ids]
-        tokens, images, image_rows = collate(encoded, index, width)
+        tokens = [pad_sequence([*map(torch.tensor, column)], True) for column in zip(*rows)]
+        kwargs, image_rows = collate(encoded, index, width=tokens[0].shape[1])
         return MultimodalBatch(
-            input_ids=rows(outputs.prompt_ids, outputs.completion_ids),
-            attention_mask=rows(ones, sampled), loss_mask=rows(zeros, sampled),
-            behavior_logprobs=rows(zeros, outputs.completion_logprobs, torch.float32),
-            rewards=torch.tensor(outputs.reward, dtype=torch.float32),
-            pixel_values=images.pop("pixel_values", None), extra_model_kwargs=tokens | images,
+            *tokens, rewards=torch.tensor(outputs.reward, dtype=torch.float32),
+            pixel_values=kwargs.pop("pixel_values", None), extra_model_kwargs=kwargs,
             prompt_index=torch.tensor(index), image_rows=image_rows)
 
     def encode(self, prompt: list[dict], images: list) -> dict[str, Tensor]:
@@ -79,34 +66,33 @@ class MultimodalAdapter:
             show = " and ".join(f"{name} ({len(ids)} tokens) {ids[max(0, at - 5):at + 5]} = "
                                 f"{self.processor.tokenizer.decode(ids[max(0, at - 5):at + 5])!r}"
                                 for name, ids in (("processor", ours), ("server", served)))
-            raise ValueError(
-                f"example {example_id}: from token {at} on, {show} differ. Usual causes: other "
-                "pixel limits on the server (mm_processor_kwargs), another chat template or "
-                "tokenizer, or a prompt that the server truncated")
+            raise ValueError(f"example {example_id}: from token {at} on, {show} differ, by other "
+                             "pixel limits on the server (mm_processor_kwargs), another chat "
+                             "template or tokenizer, or a prompt that the server truncated")
 
 
-def collate(encoded: list[dict], index: list[int], width: int) -> tuple[dict, dict, dict]:
-    """The processor's tensors of all prompts -> (token-level, image tensors, image_rows).
+def collate(encoded: list[dict], index: list[int], width: int) -> tuple[dict, dict]:
+    """The processor's tensors of all prompts -> (extra_model_kwargs, image_rows).
 
     Token-level ones, (1, prompt length), become (B, width) with 0 over completions; all others are
     concatenated along dim 0, their other dims zero-padded to the largest.
     """
-    tokens, images, image_rows = {}, {}, {}
+    kwargs, image_rows = {}, {}
     for key in sorted({key for e in encoded for key in e} - {"input_ids", "attention_mask"}):
         pieces = [e.get(key) for e in encoded]
         present = [p for p in pieces if p is not None]
         if all(p is None or p.shape == e["input_ids"].shape for p, e in zip(pieces, encoded)):
             none = present[0].new_zeros(1, width)
-            tokens[key] = torch.cat([none if p is None else pad(p, (0, width - p.shape[1]))
-                                     for p in pieces])[index]
+            lines = [none if p is None else pad(p, (0, width - p.shape[1])) for p in pieces]
+            kwargs[key] = torch.cat(lines)[index]
             continue
         sizes = [max(s) for s in zip(*(p.shape[:0:-1] for p in present), strict=True)]
-        images[key] = torch.cat([pad(p, [n for size, have in zip(sizes, p.shape[:0:-1])
+        kwargs[key] = torch.cat([pad(p, [n for size, have in zip(sizes, p.shape[:0:-1])
                                          for n in (0, size - have)]) for p in present])
-        if images[key].is_floating_point():
-            images[key] = images[key].float()  # one family's processor emits bfloat16
+        if kwargs[key].is_floating_point():
+            kwargs[key] = kwargs[key].float()  # one family's processor emits bfloat16
         image_rows[key] = [0 if p is None else len(p) for p in pieces]
-    return tokens, images, image_rows
+    return kwargs, image_rows
 
 
 if __name__ == "__main__":
