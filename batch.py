@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 PER_TOKEN = ("input_ids", "attention_mask", "loss_mask", "behavior_logprobs")
-PER_ROW = ("rewards", "prompt_index", "advantages")
 
 
 @dataclass
@@ -38,20 +37,19 @@ class MultimodalBatch:
     def __post_init__(self):
         if self.prompt_index is None:
             self.prompt_index = torch.arange(len(self))
-        for name in PER_TOKEN + PER_ROW:
+        for name in PER_TOKEN + ("rewards", "prompt_index", "advantages"):
             given, wanted = getattr(self, name), self.input_ids.shape[:1 + (name in PER_TOKEN)]
             if given is not None and given.shape != wanted:
                 raise ValueError(f"{name} is {tuple(given.shape)}, but must be {tuple(wanted)}: "
-                                 "the (B, L) of input_ids per token, (B,) per row")
+                                 "(B, L) of input_ids, or (B,) for one value per row")
         if self.loss_mask[:, :1].any():
             raise ValueError("loss_mask: column 0 must be 0, nothing comes before the first token")
         grid = self.extra_model_kwargs.get("image_grid_thw", ())
+        patches = grid.prod(-1).tolist() if len(grid) == len(self) else []
         for key, tensor in self.image_tensors().items():
-            patches = grid.prod(-1).tolist() if len(grid) == len(self) else []
             own = [1] * len(self) if len(tensor) == len(self) else patches
             if sum(self.image_rows.setdefault(key, own)) != len(tensor):
-                raise ValueError(f"{key} has {len(tensor)} entries along dim 0; image_rows[{key!r}]"
-                                 " must say how many belong to each prompt, and add up to that")
+                raise ValueError(f"{key} has {len(tensor)} entries: image_rows must add up to that")
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -69,27 +67,16 @@ class MultimodalBatch:
         found = {k: torch.cat([v[p] for p in prompts]) for k, v in pieces.items()}
         return {k: v for k, v in found.items() if len(v)}
 
-    def lengths(self) -> Tensor:  # (B,)
-        return self.attention_mask.sum(1)
-
-    def prompt_lengths(self) -> Tensor:
-        """(B,) tokens before the first one that is trained on; the row's length if none is."""
-        trained = self.loss_mask.bool()
-        return torch.where(trained.any(1), trained.int().argmax(1), self.lengths())
-
     def cut_at(self, token_ids: list[int]) -> "MultimodalBatch":
-        """End each completion before its first token of token_ids.
-
-        A sampled image placeholder would make the model look for an image behind it.
-        """
-        bad = torch.isin(self.input_ids, torch.tensor(token_ids)) & self.loss_mask.bool()
+        """End completions before these: a model looks for the image of a sampled placeholder."""
+        bad = torch.isin(self.input_ids, torch.tensor(token_ids)) * self.loss_mask
         kept = bad.cumsum(1) == 0
-        return replace(self, **{k: getattr(self, k) * kept for k in PER_TOKEN})
+        return replace(self, **{name: getattr(self, name) * kept for name in PER_TOKEN})
 
     def select(self, rows: Tensor) -> "MultimodalBatch":
         """The given rows, trimmed to their longest, with the images of their prompts alone."""
         prompts, prompt_index = self.prompt_index[rows].unique(return_inverse=True)
-        images, width = self.images_of(prompts.tolist()), int(self.lengths()[rows].max())
+        images, width = self.images_of(prompts.tolist()), self.attention_mask[rows].sum(1).max()
         tokens = {key: tensor[rows, :width] for key, tensor in self.token_tensors().items()}
         return MultimodalBatch(
             **{name: getattr(self, name)[rows, :width] for name in PER_TOKEN},
@@ -101,48 +88,48 @@ class MultimodalBatch:
     def micro_batches(self, size: int) -> Iterator["MultimodalBatch"]:
         """At most `size` completions each, prompt by prompt, of similar length.
 
-        Rows without gradient (no token in the loss, advantage 0) are left out; but for a few if
+        Rows without gradient (no token in the loss, advantage 0) are left out, but for a few where
         there are no others, so that the metrics stay alive.
         """
-        lengths, prompts, keep = self.lengths(), self.prompt_index, self.loss_mask.bool().any(1)
-        longest = lengths.new_zeros(len(self)).scatter_reduce(0, prompts, lengths, "amax")[prompts]
-        alive = keep & (self.advantages != 0)
-        keep = alive if alive.any() else keep & (keep.cumsum(0) <= size)
+        lengths, prompts = self.attention_mask.sum(1), self.prompt_index
+        trained = self.loss_mask.bool().any(1)
+        longest = ((prompts[:, None] == prompts) * lengths).amax(1)  # of the prompt
         keys = torch.stack([-longest, prompts, -lengths], 1).tolist()
-        order = sorted(keep.nonzero()[:, 0].tolist(), key=keys.__getitem__)
-        for start in range(0, len(order), size):
-            yield self.select(torch.tensor(order[start:start + size]))
+        alive = torch.where(trained & (self.advantages != 0))[0].tolist()
+        rows = sorted(alive or torch.where(trained)[0][:size].tolist(), key=keys.__getitem__)
+        for start in range(0, len(rows), size):
+            yield self.select(torch.tensor(rows[start:start + size]))
 
     def to(self, device) -> "MultimodalBatch":
         moved = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
         extra = {name: v.to(device) for name, v in self.extra_model_kwargs.items()}
         return replace(self, **moved, extra_model_kwargs=extra)
 
+    def prompt_lengths(self) -> Tensor:
+        """(B,) tokens before the first one that is trained on; the row's length if none is."""
+        return (self.attention_mask * (self.loss_mask.cumsum(1) == 0)).sum(1)
+
     def sharing_pays(self, hidden_size: int) -> bool:
         """Whether forwarding each prompt once is clearly less work, in tokens of a layer of size H.
 
         A token costs about 24 H^2 flops, a pair in attention 4 H; a patch counts as a token.
         """
-        def cost(rows, queries, keys):
-            return rows * queries * (1 + keys / (6 * hidden_size))
-
-        lengths, prompts = self.lengths(), self.prompt_lengths()
-        length, prompt, rest = lengths.max(), prompts.max(), (lengths - prompts).max()
-        b, p = len(self), self.prompt_index.max() + 1
-        patches = torch.tensor(self.image_rows.get("pixel_values", [0] * p))
-        shared = cost(p, prompt, prompt) + cost(b, rest, prompt + rest) + patches.sum()
-        return bool(shared < 0.9 * (cost(b, length, length) + patches[self.prompt_index].sum()))
+        b, p, lengths = len(self), self.prompt_index.max() + 1, self.attention_mask.sum(1)
+        prompt, rest = self.prompt_lengths().max(), (lengths - self.prompt_lengths()).max()
+        queries = torch.tensor([prompt, rest, lengths.max()])
+        keys = torch.tensor([prompt, prompt + rest, lengths.max()])
+        cost = torch.tensor([p, b, b]) * queries * (1 + keys / (6 * hidden_size))
+        patches = torch.tensor(self.image_rows.get("pixel_values", [0] * b))
+        shared, alone = cost[:2].sum() + patches.sum(), cost[2] + patches[self.prompt_index].sum()
+        return bool(shared < 0.9 * alone)
 
     def fork(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """The rows cut where the prompt ends: (prompts, completions, what is trained).
+        """Model inputs (P, W_p) of the prompts and (b, W_c) of the completions; what is trained.
 
-        The dicts are model inputs, (P, W_p) and (b, W_c). Policy in train.py says what for.
-        >>> batch = MultimodalBatch(
-        ...     input_ids=torch.tensor([[7, 8, 1, 2, 3], [7, 8, 4, 0, 0], [9, 5, 6, 0, 0]]),
-        ...     attention_mask=torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0]]),
-        ...     loss_mask=torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 0, 0], [0, 1, 1, 0, 0]]),
-        ...     behavior_logprobs=torch.zeros(3, 5), rewards=torch.zeros(3),
-        ...     prompt_index=torch.tensor([0, 0, 1]))
+        >>> ids = torch.tensor([[7, 8, 1, 2, 3], [7, 8, 4, 0, 0], [9, 5, 6, 0, 0]])
+        >>> loss_mask = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 0, 0], [0, 1, 1, 0, 0]])
+        >>> batch = MultimodalBatch(ids, ids.sign(), loss_mask, torch.zeros(3, 5), torch.zeros(3),
+        ...                         prompt_index=torch.tensor([0, 0, 1]))
         >>> prompts, completions, trained = batch.fork()
         >>> prompts["input_ids"].tolist()       # two prompts instead of three, left-padded
         [[7, 8], [0, 9]]
@@ -150,13 +137,12 @@ class MultimodalBatch:
         [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
         """
         def cut(tensor, spans, side="right"):
-            pieces = [tensor[row, start:end] for row, start, end in spans]
-            return pad_sequence(pieces, batch_first=True, padding_side=side)
+            return pad_sequence([tensor[at] for at in spans], batch_first=True, padding_side=side)
 
         index, starts = self.prompt_index.tolist(), self.prompt_lengths().tolist()
-        first_rows = [index.index(prompt) for prompt in range(max(index) + 1)]
-        prompts = [(row, 0, starts[row]) for row in first_rows]
-        completions = list(zip(range(len(self)), starts, self.lengths().tolist()))
+        prompts = [(row, slice(starts[row])) for row in map(index.index, range(max(index) + 1))]
+        spans = zip(starts, self.attention_mask.sum(1).tolist())
+        completions = [(row, slice(*span)) for row, span in enumerate(spans)]
         tokens = {"input_ids": self.input_ids, "attention_mask": self.attention_mask,
                   **self.token_tensors()}
         return ({key: cut(tensor, prompts, "left") for key, tensor in tokens.items()},

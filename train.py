@@ -373,9 +373,9 @@ class MultimodalGRPOTrainer:
         loss or gradient are not finite the step is skipped; RuntimeError at the third in a row.
         """
         config, batch = self.config, self.build_batch(outputs)
-        if not self.calibrated:
-            self.calibrate(batch)
         num_tokens, sums = batch.loss_mask.sum().item(), collections.Counter()
+        if num_tokens and not self.calibrated:
+            self.calibrate(batch)
         for micro in batch.micro_batches(config.micro_batch_size):
             share = self.can_share and (config.share_prompt or config.share_prompt is None
                                         and micro.sharing_pays(self.hidden_size))
@@ -437,9 +437,10 @@ class MultimodalGRPOTrainer:
         cache would). RuntimeError if the server is another policy than the dtype explains.
         """
         self.calibrated, passes = True, []
-        first = torch.linspace(0, max(0, len(batch) - 2), 4).long()  # and each one's neighbour
-        rows = torch.cat([first, first + 1]).clamp(max=len(batch) - 1).unique()
-        micro = batch.select(rows[:self.config.micro_batch_size]).to(self.device)
+        trained = batch.loss_mask.bool().any(1).nonzero()[:, 0]
+        first = torch.linspace(0, max(0, len(trained) - 2), 4).long()  # and each one's neighbour
+        rows = torch.cat([first, first + 1]).clamp(max=len(trained) - 1).unique()
+        micro = batch.select(trained[rows[:self.config.micro_batch_size]]).to(self.device)
         exact, mean_exact = (1e-4, 1e-4) if self.fp32 else (0.2, 0.05)
         try:
             for share in (False, True)[:1 + self.can_share]:

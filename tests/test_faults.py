@@ -499,6 +499,10 @@ def test_truncated_and_empty_completions():
     assert built.loss_mask.sum(1).tolist() == [0, 3, 0, 2]
     assert built.advantages.tolist() == [0.5, -0.5, 0.5, -0.5]  # its reward still counts
     assert trainer.update(outputs)["tokens"] == 5
+    assert trainer.can_share  # calibrated on the rows that are trained
+    outputs.finish_reason = ["length"] * 4
+    assert trainer.update(outputs)["tokens"] == make_trainer(mask_truncated=True).update(
+        outputs)["tokens"] == 0  # nothing to learn from, and nothing to calibrate on
     assert make_trainer().build_batch(outputs).loss_mask.sum(1).tolist() == [4, 3, 0, 2]
 
 
