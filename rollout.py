@@ -1,8 +1,7 @@
 """Prompts out, completions back: environments, and the HTTP calls to the behavior policy.
 
-An Environment is data and judgement: rows of chat prompts with images, and reward functions. A
-Generator sends one chat-completions request per prompt with n=G to vLLM, scores what comes back and
-hands over GenerateOutputs, with token ids and logprobs just as the server sampled them.
+A Generator sends one chat-completions request per prompt of an Environment with n=G to vLLM, scores
+what comes back, and hands over GenerateOutputs with ids and logprobs just as they were sampled.
 """
 import atexit
 import base64
@@ -112,7 +111,7 @@ def load_image(source) -> Image.Image:
     """RGB pixels of a PIL image, path, URL, data URI, bytes or {"bytes", "path"}; or ValueError.
 
     16-bit gray is scaled: Pillow would clip it to white. Refused are animations (which frame is
-    meant?), what has no known range of values, and what Pillow takes for a decompression bomb.
+    meant?), values without a known range, and what Pillow takes for a decompression bomb.
     """
     try:
         if isinstance(source, dict):  # Hugging Face datasets, undecoded
@@ -189,12 +188,11 @@ class Generator:
                         "logit_bias": {str(token): bias for token, bias in logit_bias.items()},
                         "logprobs": True, "return_token_ids": True, **FULL_SOFTMAX}
 
-    def train_step(self, step: int, num_prompts: int, group_size: int) -> GenerateOutputs:
-        """The step's prompts, group_size times each: they advance through shuffled epochs."""
-        return self.begin(step, num_prompts, group_size)()
-
     def begin(self, step: int, num_prompts: int, group_size: int) -> Callable[[], GenerateOutputs]:
-        """train_step in the background: call what it returns to wait for the completions."""
+        """The step's prompts, group_size times each: they advance through shuffled epochs.
+
+        Returns at once; call what is returned to wait for the completions.
+        """
         rows, jobs = self.environment.train, []
         for position in range(step * num_prompts, (step + 1) * num_prompts):
             epoch, offset = divmod(position, len(rows))

@@ -59,7 +59,7 @@ class Server:
         self.gpus, self.log_path, self.process = gpus, log_path, None
 
     def __enter__(self) -> "Server":
-        if self.command and self.is_healthy():
+        if self.is_healthy():
             self.command = ()
         try:
             self.restore()
@@ -121,7 +121,6 @@ class Server:
             self.process.wait(20)
 
     def is_healthy(self) -> bool:
-        """Whether it answers its health route right now."""
         try:
             return requests.get(f"{self.url}/health", timeout=5).ok
         except requests.RequestException:

@@ -378,7 +378,7 @@ def test_two_steps_on_a_real_server(server, tmp_path):
         trainer.train()
         served_version = trainer.weights.call("weight_info", method="get").json()["weight_version"]
         assert served_version == "2"
-        found = trainer.calibrate(trainer.build_batch(trainer.generator.train_step(5, 4, 4)))
+        found = trainer.calibrate(trainer.build_batch(trainer.generator.begin(5, 4, 4)()))
     assert found["max"] < 1e-5  # a server with the old weights would be 1e-2 off
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
     lines = [json.loads(line) for line in open(tmp_path / "colors" / "metrics.jsonl")]

@@ -72,7 +72,7 @@ class MultimodalRLConfig:
     freeze_vision: bool = False             # train the language model alone
     temperature: float = 1.0
     max_tokens: int = 512
-    vllm_server_host: str = "0.0.0.0"       # a local name: train.py starts the server itself
+    vllm_server_host: str = "0.0.0.0"       # this machine: train.py starts the server itself
     vllm_server_port: int = 8000
     vllm_server_timeout: float = 600        # seconds to come up; also for a weight update
     generation_timeout: float = 600         # seconds for one prompt's completions
@@ -111,13 +111,11 @@ class MultimodalRLConfig:
                              f"{self.rollouts_per_step} times G, the group size, at least 2")
 
     @property
-    def group_size(self) -> int:
-        """G, completions per prompt."""
+    def group_size(self) -> int:  # G
         return self.batch_size // self.rollouts_per_step
 
     @property
-    def local(self) -> bool:
-        """Whether the server is to be on this machine, so that train.py may start it."""
+    def local(self) -> bool:  # then train.py may start the server
         return self.vllm_server_host in ("0.0.0.0", "127.0.0.1", "localhost")
 
     @property
@@ -154,7 +152,6 @@ def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
 
 
 def flatten(table: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted key, value) down to the keys of the config."""
     for key, value in table.items():
         if isinstance(value, dict) and prefix + key not in KEYS:
             yield from flatten(value, f"{prefix}{key}.")
@@ -352,7 +349,6 @@ class MultimodalGRPOTrainer:
                 self.ahead.clear()  # what was under way is lost, too
 
     def send_weights(self) -> None:
-        """To the server, now, unless they are never synced, on purpose."""
         if self.config.sync_to_vllm_every:
             self.weights.send(self.step)
             self.generator.version = self.step
@@ -503,7 +499,6 @@ class MultimodalGRPOTrainer:
                     image.save(folder / f"{i}-{j}.png")
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Append to metrics.jsonl, and to Weights & Biases where it is asked for."""
         with open(self.run_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         if self.wandb:
@@ -540,7 +535,7 @@ class MultimodalGRPOTrainer:
         return sorted(self.run_dir.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
 
     def resume(self) -> None:
-        """Load the checkpoint that config.resume asks for: a path, or this run's newest whole one.
+        """Load the checkpoint at config.resume, if True this run's newest whole one.
 
         What came after it, and a run that is not continued, is renamed. ValueError for a bad path.
         """

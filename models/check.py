@@ -61,7 +61,7 @@ def check(trainer, out=print) -> bool:
                     noise = torch.randn(p.shape, generator=generator_seed).to(p)
                     p += 0.05 * p.std(correction=0) * noise
             trainer.weights.send(version)
-        outputs = trainer.generator.train_step(version, len(trainer.environment.train), 2)
+        outputs = trainer.generator.begin(version, len(trainer.environment.train), 2)()
         for count, worst in largest_differences(trainer, outputs).items():
             safe &= worst <= tolerance
             out({"images": count, "weight_version": version, "same_ids": True,

@@ -323,7 +323,7 @@ def test_ten_trainers_in_a_row_use_one_server(server, tmp_path):
         with torch.no_grad():
             trainer.model.get_output_embeddings().weight *= 1 + i / 50
         trainer.connect()  # and never says goodbye
-        batch = trainer.build_batch(trainer.generator.train_step(0, 2, 2))
+        batch = trainer.build_batch(trainer.generator.begin(0, 2, 2)())
         assert trainer.calibrate(batch)["max"] < 1e-5
 
 
