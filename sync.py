@@ -218,7 +218,8 @@ class Gloo:
     def __init__(self, address: str, port: int, rank: int, world_size: int, device=None):
         from vllm.distributed.utils import stateless_init_torch_distributed_process_group
         self.group = stateless_init_torch_distributed_process_group(
-            address, port, rank, world_size, "gloo", timeout=timedelta(seconds=300))
+            address, port, rank, world_size, "gloo",
+            timeout=timedelta(seconds=30))  # as long a worker waits for a trainer that was killed
 
     def broadcast(self, tensor: Tensor, src: int, stream=None) -> None:
         self.group.broadcast(tensor, src).wait()
@@ -242,5 +243,7 @@ if __name__ == "__main__":
     with contextlib.ExitStack() as stack:
         with mistakes():
             server = stack.enter_context(make_server(command_line("sync.py")))
+        if not server.process:
+            sys.exit(f"a server is up at {server.url} already")
         print(f"serving at {server.url}; Ctrl-C stops it", flush=True)
-        sys.exit(server.process and server.process.wait())
+        sys.exit(server.process.wait())

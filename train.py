@@ -621,6 +621,7 @@ def mistakes() -> Iterator[None]:
 
 def command_line(program: str) -> MultimodalRLConfig:
     """sys.argv: "@ config.toml key=value ..."; ValueError for a mistake in it or in the config."""
+    transformers.logging.disable_progress_bar()  # an error is one line
     for number in (signal.SIGINT, signal.SIGTERM):  # unwind, so that a server of ours is stopped
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     words = " ".join(sys.argv[1:2]).removeprefix("@").split() + sys.argv[2:]

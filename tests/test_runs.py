@@ -63,7 +63,7 @@ def test_a_server_that_is_up_is_used_again_and_left_running(server, tmp_path):
         with served(config) as trainer:
             trainer.train()
         assert all(line["kl"] < 1e-6 for line in metrics(config))
-    assert sync.is_healthy(server.url)
+    assert sync.Server(server.url, 5).is_healthy()
     assert not list(tmp_path.glob("*-vllm.log"))
 
 
