@@ -611,8 +611,8 @@ def test_every_mistake_is_one_line_and_code_2_within_seconds(tmp_path):
     taken = socket.create_server(("127.0.0.1", 0))
     cases = [(["@", "config.toml", words.replace("TAKEN", str(taken.getsockname()[1])),
                *([] if "port" in words else [f"vllm_server_port={free_port()}"]),
-               *([] if "output_dir" in words else [f"output_dir={tmp_path}"])], said)
-             for words, said in MISTAKES.items()]
+               *([] if "output_dir" in words else [f"output_dir={tmp_path / str(i)}"])], said)
+             for i, (words, said) in enumerate(MISTAKES.items())]  # each with a vllm.log of its own
     for i, (text, said) in enumerate(FILES.items()):
         (tmp_path / f"{i}.toml").write_text(text)
         cases.append((["@", str(tmp_path / f"{i}.toml")], said))
@@ -625,7 +625,7 @@ def test_every_mistake_is_one_line_and_code_2_within_seconds(tmp_path):
                              capture_output=True, timeout=120)
         errors = [line for line in run.stderr.splitlines() if "Loading weights" not in line]
         return (case, run.returncode == 2 and case[1] in errors[-1] and errors[-1][:7] == "error: "
-                and "Traceback" not in run.stderr and time.monotonic() - start < 100, run.stderr)
+                and "Traceback" not in run.stderr and time.monotonic() - start < 60, run.stderr)
 
     with ThreadPoolExecutor(3) as pool:
         wrong = [found for found in pool.map(check, cases) if not found[1]]
