@@ -1,9 +1,10 @@
 """The tensors of one optimizer step, and their micro-batches.
 
-B completions in the step, L padded length, G completions per prompt, V vocabulary.
-Row b is [prompt | completion | padding]. Position t of every (B, L) tensor speaks of token t of
-input_ids: logprobs[:, t] scores input_ids[:, t], so column 0 is 0 and masked.
+B completions in the step, L padded length, G completions per prompt, V vocabulary. Row b is
+[prompt | completion | padding]. Position t of every (B, L) tensor speaks of token t of input_ids:
+logprobs[:, t] scores input_ids[:, t], so column 0 is 0 and masked.
 """
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -18,10 +19,9 @@ PER_TOKEN = ("input_ids", "attention_mask", "loss_mask", "behavior_logprobs")
 class MultimodalBatch:
     """One row per completion; images once per prompt. Raises ValueError naming a wrong tensor.
 
-    pixel_values and extra_model_kwargs go to the model as they are. Those of shape (B, L) are
-    token-level and cut like input_ids. All others hold images along dim 0: image_rows[key][p]
-    entries belong to prompt p, and row b shows those of prompt_index[b]. Both may be left out if
-    every row brings its own images, one entry (for patches, one grid) each.
+    pixel_values and extra_model_kwargs go to the model; those of shape (B, L) are token-level, all
+    others hold images along dim 0: image_rows[key][p] entries belong to prompt p, and row b shows
+    those of prompt_index[b]. Without these two every row has one image, or one grid, of its own.
     """
     input_ids: Tensor                      # (B, L) int64
     attention_mask: Tensor                 # (B, L) 1 = a token, 0 = padding, which is at the end
@@ -73,7 +73,7 @@ class MultimodalBatch:
         kept = bad.cumsum(1) == 0
         return replace(self, **{name: getattr(self, name) * kept for name in PER_TOKEN})
 
-    def select(self, rows: Tensor) -> "MultimodalBatch":
+    def select(self, rows: list[int]) -> "MultimodalBatch":
         """The given rows, trimmed to their longest, with the images of their prompts alone."""
         prompts, prompt_index = self.prompt_index[rows].unique(return_inverse=True)
         images, width = self.images_of(prompts.tolist()), self.attention_mask[rows].sum(1).max()
@@ -85,24 +85,25 @@ class MultimodalBatch:
             image_rows={k: [self.image_rows[k][p] for p in prompts.tolist()] for k in images},
             pixel_values=images.pop("pixel_values", None), extra_model_kwargs=tokens | images)
 
-    def micro_batches(self, size: int) -> Iterator["MultimodalBatch"]:
+    def micro_batches(self, size: int, ranks: int = 1) -> Iterator["MultimodalBatch"]:
         """At most `size` completions each, prompt by prompt, of similar length.
 
-        Rows without gradient (no token in the loss, advantage 0) are left out, but for a few where
-        there are no others, so that the metrics stay alive.
+        Of rows with gradient (a token in the loss, advantage not 0) or, to have metrics, a few.
+        Of a size that leaves no rank without.
         """
         lengths, prompts = self.attention_mask.sum(1), self.prompt_index
-        trained = self.loss_mask.bool().any(1)
         longest = ((prompts[:, None] == prompts) * lengths).amax(1)  # of the prompt
         keys = torch.stack([-longest, prompts, -lengths], 1).tolist()
-        alive = torch.where(trained & (self.advantages != 0))[0].tolist()
-        rows = sorted(alive or torch.where(trained)[0][:size].tolist(), key=keys.__getitem__)
-        for start in range(0, len(rows), size):
-            yield self.select(torch.tensor(rows[start:start + size]))
+        trained = self.loss_mask.bool().any(1)
+        alive = (trained & (self.advantages != 0)).nonzero()[:, 0].tolist()
+        rows = sorted(alive or trained.nonzero()[:size, 0].tolist(), key=keys.__getitem__)
+        size = min(size, math.ceil(len(rows) / ranks))
+        for start in range(0, len(rows), max(size, 1)):
+            yield self.select(rows[start:start + size])
 
     def to(self, device) -> "MultimodalBatch":
-        moved = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
-        extra = {name: v.to(device) for name, v in self.extra_model_kwargs.items()}
+        moved, extra = ({k: v.to(device) for k, v in found.items() if isinstance(v, Tensor)}
+                        for found in (vars(self), self.extra_model_kwargs))
         return replace(self, **moved, extra_model_kwargs=extra)
 
     def prompt_lengths(self) -> Tensor:
@@ -110,18 +111,18 @@ class MultimodalBatch:
         return (self.attention_mask * (self.loss_mask.cumsum(1) == 0)).sum(1)
 
     def sharing_pays(self, hidden_size: int) -> bool:
-        """Whether forwarding each prompt once is clearly less work, in tokens of a layer of size H.
+        """Whether forwarding each prompt once is clearly less work, padding included.
 
-        A token costs about 24 H^2 flops, a pair in attention 4 H; a patch counts as a token.
+        In a layer of size H a token costs 24 H^2 flops, a pair in attention 4 H; patch = token.
         """
-        b, p, lengths = len(self), self.prompt_index.max() + 1, self.attention_mask.sum(1)
-        prompt, rest = self.prompt_lengths().max(), (lengths - self.prompt_lengths()).max()
-        queries = torch.tensor([prompt, rest, lengths.max()])
-        keys = torch.tensor([prompt, prompt + rest, lengths.max()])
-        cost = torch.tensor([p, b, b]) * queries * (1 + keys / (6 * hidden_size))
-        patches = torch.tensor(self.image_rows.get("pixel_values", [0] * b))
-        shared, alone = cost[:2].sum() + patches.sum(), cost[2] + patches[self.prompt_index].sum()
-        return bool(shared < 0.9 * alone)
+        lengths, starts = self.attention_mask.sum(1), self.prompt_lengths()
+        rows = torch.tensor([self.prompt_index.max() + 1, len(self), len(self)])
+        queries = torch.stack([starts.max(), (lengths - starts).max(), lengths.max()])
+        keys = torch.stack([queries[0], queries[0] + queries[1], queries[2]])
+        once, completions, alone = rows * queries * (1 + keys / (6 * hidden_size))
+        patches = torch.tensor(self.image_rows.get("pixel_values", [0] * len(self)))
+        shared = once + patches.sum() + completions
+        return bool(shared < 0.9 * (alone + patches[self.prompt_index].sum()))
 
     def fork(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Model inputs (P, W_p) of the prompts and (b, W_c) of the completions; what is trained.
@@ -131,10 +132,8 @@ class MultimodalBatch:
         >>> batch = MultimodalBatch(ids, ids.sign(), loss_mask, torch.zeros(3, 5), torch.zeros(3),
         ...                         prompt_index=torch.tensor([0, 0, 1]))
         >>> prompts, completions, trained = batch.fork()
-        >>> prompts["input_ids"].tolist()       # two prompts instead of three, left-padded
-        [[7, 8], [0, 9]]
-        >>> completions["input_ids"].tolist()   # one line per completion, right-padded
-        [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
+        >>> prompts["input_ids"].tolist(), completions["input_ids"].tolist()
+        ([[7, 8], [0, 9]], [[1, 2, 3], [4, 0, 0], [5, 6, 0]])
         """
         def cut(tensor, spans, side="right"):
             return pad_sequence([tensor[at] for at in spans], batch_first=True, padding_side=side)

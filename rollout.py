@@ -1,7 +1,7 @@
 """Prompts out, completions back: environments, and the HTTP calls to the behavior policy.
 
-A Generator sends one chat-completions request per prompt of an Environment with n=G to vLLM, scores
-what comes back, and hands over GenerateOutputs with ids and logprobs just as they were sampled.
+A Generator sends one chat-completions request per prompt, with n=G, to vLLM and scores what comes
+back; token ids and logprobs stay just as they were sampled.
 """
 import atexit
 import base64
@@ -20,9 +20,6 @@ from types import SimpleNamespace
 import requests
 from PIL import Image, ImageOps
 
-# The sampling distribution must be the softmax that the trainer differentiates. Without these
-# the server applies the model's generation_config.json (top_k=1 in Qwen2-VL's).
-FULL_SOFTMAX = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 IMAGE_SECONDS, IMAGE_BYTES = 20, 2**26  # at most, of an image behind a URL
 
 
@@ -37,12 +34,12 @@ class Environment:
     A row is {"prompt": chat messages, "answer": str, "info": dict (optional)}; other keys reach
     adapters through `state`. Images are message parts {"type": "image", "image": SOURCE} or
     {"type": "image_url", "image_url": {"url": SOURCE}}, SOURCE as in load_image. A completion's
-    reward is the sum of f(completion, answer, **info), weighted (default 1 each), from any thread.
+    reward is the weighted sum of the f(completion, answer, **info), called from any thread.
     """
     train: Sequence[dict]
     eval: Sequence[dict]
     rewards: Sequence[Callable[..., float]]
-    weights: Sequence[float] | None = None
+    weights: Sequence[float] | None = None  # 1 each
 
 
 @dataclass
@@ -65,18 +62,19 @@ class Rollout:
 
 
 class GenerateOutputs(SimpleNamespace):
-    """A step's completions as parallel lists, by attribute or key: one for each field of Rollout.
-
-    metrics alone is a dict, of one list per reward function; dropped says why some are missing.
-    """
-    dropped: Sequence[str] = ()
+    """By attribute or key, a list for each field of Rollout; metrics alone is a dict of lists."""
+    dropped: Sequence[str] = ()  # why some completions are missing
 
     @classmethod
-    def from_rollouts(cls, rollouts: list[Rollout]) -> "GenerateOutputs":
-        """Transpose; rollouts must not be empty."""
+    def from_rollouts(cls, rollouts: list[Rollout]) -> "GenerateOutputs":  # of at least one
         columns = {f.name: [getattr(r, f.name) for r in rollouts] for f in fields(Rollout)}
         columns["metrics"] = {n: [r.metrics[n] for r in rollouts] for n in rollouts[0].metrics}
         return cls(**columns)
+
+    def means(self, prefix: str = "") -> dict[str, float]:
+        """Of the reward, and of each reward function, whose names get the prefix."""
+        values = {"reward": self.reward} | {prefix + k: v for k, v in self.metrics.items()}
+        return {name: sum(column) / len(column) for name, column in values.items()}
 
     def __getitem__(self, name: str):
         return vars(self)[name]
@@ -95,43 +93,38 @@ def load_environment(env_id: str, args: dict) -> Environment:
         except ModuleNotFoundError as error:
             if error.name not in (module_name, "envs"):
                 raise  # the environment is there; something that it imports is not
-    if loader is None:
-        raise ValueError(f"environment {env_id!r}: no load_environment() in a module {name!r} on "
-                         f"sys.path ({sys.path[0] or '.'}, ...) or in envs/{name}.py")
     try:
+        if loader is None:
+            raise ValueError(f"no load_environment() in a module {name!r} on sys.path "
+                             f"({sys.path[0] or '.'}, ...) or in envs/{name}.py")
         environment = loader(**args)
+        if not len(environment.train):
+            raise ValueError("the train split is empty")
+        return environment
     except (TypeError, ValueError) as error:
         raise ValueError(f"environment {env_id!r}: {error}") from error
-    if not len(environment.train):
-        raise ValueError(f"environment {env_id!r}: the train split is empty")
-    return environment
 
 
 def load_image(source) -> Image.Image:
-    """RGB pixels of a PIL image, path, URL, data URI, bytes or {"bytes", "path"}; or ValueError.
-
-    16-bit gray is scaled: Pillow would clip it to white. Refused are animations (which frame is
-    meant?), values without a known range, and what Pillow takes for a decompression bomb.
-    """
+    """RGB pixels of a PIL image, path, URL, data URI, bytes or a dict of one; or ValueError."""
     try:
-        if isinstance(source, dict):  # Hugging Face datasets, undecoded
-            source = source.get("bytes") or source.get("path")
+        if isinstance(source, dict):  # OpenAI's, or from Hugging Face datasets, undecoded
+            source = source.get("url") or source.get("bytes") or source.get("path")
         if isinstance(source, str) and source.startswith("data:"):
             source = base64.b64decode(source.split(",", 1)[1])
         elif isinstance(source, str) and "://" in source:
             source = download(source)
         source = io.BytesIO(source) if isinstance(source, bytes) else source
         image = source if isinstance(source, Image.Image) else Image.open(source)
-        animated = getattr(image, "is_animated", False) and image.format != "MPO"  # of phones
+        # refused: animations (which frame is meant? MPO is of phones), no known range, bombs
+        animated = getattr(image, "is_animated", False) and image.format != "MPO"
         if animated or image.mode in "IF" or image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.size} pixels, mode {image.mode}, animated: {animated}")
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
+        if image.mode.startswith("I;16"):  # Pillow would clip it to white
             image = image.convert("I").point(lambda value: value / 257).convert("L")
-        if image.has_transparency_data:  # on white, as vLLM does
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        white = Image.new("RGBA", image.size, "white")  # as vLLM does with transparency
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     except Exception as error:  # Pillow's decoders raise nearly anything
         raise ValueError(f"cannot read image {str(source)[:80]!r}: {error}") from error
 
@@ -149,8 +142,7 @@ def download(url: str) -> bytes:
 
 
 def png_data_uri(image: Image.Image) -> str:
-    """Lossless, so that server and trainer see the same pixels."""
-    image.save(buffer := io.BytesIO(), "PNG", compress_level=1)
+    image.save(buffer := io.BytesIO(), "PNG", compress_level=1)  # lossless: both see the same
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -161,38 +153,36 @@ def render_prompt(prompt: list[dict]) -> tuple[list[dict], list[Image.Image]]:
     def render(part: dict) -> dict:
         if part["type"] not in ("image", "image_url"):
             return part
-        source = part[part["type"]]
-        images.append(load_image(source.get("url", source) if isinstance(source, dict) else source))
+        images.append(load_image(part[part["type"]]))
         return {"type": "image_url", "image_url": {"url": png_data_uri(images[-1])}}
 
-    return [{**m, "content": m["content"] if isinstance(m["content"], str)
-             else [render(part) for part in m["content"]]} for m in prompt], images
+    return [m if isinstance(m["content"], str) else
+            {**m, "content": [render(part) for part in m["content"]]} for m in prompt], images
 
 
 class Generator:
     """Rolls out an environment's prompts on a vLLM OpenAI server, one request per prompt.
 
-    config says how (MultimodalRLConfig); logit_bias keeps vision tokens from being sampled;
-    encode(prompt, images) is called once per prompt, while others are still being sampled.
+    config: MultimodalRLConfig; banned: token ids never sampled; encode(prompt, images) is called
+    once per prompt, while others are still being sampled.
     """
 
-    def __init__(self, environment: Environment, url: str, config, logit_bias: dict[int, float],
+    def __init__(self, environment: Environment, config, banned: list[int] = (),
                  encode: Callable | None = None):
-        self.environment, self.url, self.config, self.encode = environment, url, config, encode
-        self.version = 0  # the step whose weights the server has
+        self.environment, self.config, self.encode = environment, config, encode
+        self.url, self.version = config.url, 0  # the step whose weights the server has
         self.local = threading.local()  # a session per thread
         self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
         atexit.register(self.pool.terminate)
-        self.request = {"model": self.call("get", "/v1/models")["data"][0]["id"],
+        # The sampling distribution must be the softmax that the trainer differentiates. By itself
+        # the server applies the model's generation_config.json (top_k=1 in Qwen2-VL's).
+        self.request = {"model": self.call("get", "/v1/models")["data"][0]["id"], "top_p": 1.0,
+                        "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "logprobs": True,
                         "temperature": config.temperature, "max_tokens": config.max_tokens,
-                        "logit_bias": {str(token): bias for token, bias in logit_bias.items()},
-                        "logprobs": True, "return_token_ids": True, **FULL_SOFTMAX}
+                        "logit_bias": {str(i): -100 for i in banned}, "return_token_ids": True}
 
     def begin(self, step: int, num_prompts: int, group_size: int) -> Callable[[], GenerateOutputs]:
-        """The step's prompts, group_size times each: they advance through shuffled epochs.
-
-        Returns at once; call what is returned to wait for the completions.
-        """
+        """The step's prompts, group_size times each, from shuffled epochs; see submit."""
         rows, jobs = self.environment.train, []
         for position in range(step * num_prompts, (step + 1) * num_prompts):
             epoch, offset = divmod(position, len(rows))
@@ -202,18 +192,16 @@ class Generator:
             jobs.append((rows, order[offset], group_size, position * group_size))
         return self.submit(jobs)
 
-    def evaluate(self, num_samples: int = 1) -> GenerateOutputs:
-        """Every held-out row, sampled at the training temperature with seeds of its own."""
+    def evaluate(self, n: int = 1) -> GenerateOutputs:
+        """Every held-out row n times, sampled at the training temperature with seeds of its own."""
         rows = self.environment.eval
-        jobs = [(rows, i, num_samples, 2**39 + i * num_samples) for i in range(len(rows))]
-        return self.submit(jobs)()
+        return self.submit([(rows, i, n, 2**39 + i * n) for i in range(len(rows))])()
 
     def submit(self, jobs: list[tuple]) -> Callable[[], GenerateOutputs]:
         """Start jobs of (rows, index, n, first seed); what is returned waits for them.
 
-        What fails is left out, and named in `dropped`. Raises ServerError if the server is lost or
-        hangs, RuntimeError if more than the share max_dropped failed. generation_timeout is also
-        for rewards and images.
+        What failed is left out and named in `dropped`. ServerError if the server is lost or hangs,
+        RuntimeError if more than max_dropped failed. generation_timeout is for rewards, too.
         """
         dropped, finished, version = [], [0.0], self.version
         groups = [(job, self.pool.apply_async(self.group, (*job, dropped), callback=lambda _: (
@@ -229,26 +217,24 @@ class Generator:
                     raise
                 except Exception as error:  # rows and images of an environment fail in any way
                     dropped.extend([(index, error)] * n)
+            reasons = [f"example {i}: {type(why).__name__}: {why}" for i, why in dropped]
             if any(isinstance(why, requests.Timeout) for _, why in dropped):
                 self.check_engine()
-            reasons = [f"example {i}: {type(why).__name__}: {why}" for i, why in dropped]
-            asked = len(dropped) + len(rollouts)
-            if not rollouts or len(dropped) > self.config.max_dropped * asked:
+            if not rollouts or len(dropped) > self.config.max_dropped * (
+                    len(dropped) + len(rollouts)):
                 raise RuntimeError(f"{self.url}: {len(dropped)} completions failed and "
                                    f"{len(rollouts)} did not (see max_dropped); the last: "
                                    f"{reasons[-1]}") from dropped[-1][1]
             outputs = GenerateOutputs.from_rollouts(rollouts)
-            outputs.dropped, outputs.weight_version = reasons, version
-            outputs.finished = max(finished)
+            vars(outputs).update(dropped=reasons, weight_version=version, finished=max(finished))
             return outputs
 
         return collect
 
     def check_engine(self) -> None:
         """ServerError if nothing is sampled any more: the health route would not know."""
-        probe = {"model": self.request["model"], "prompt": "a", "max_tokens": 1}
         try:
-            self.call("post", "/v1/completions", probe)
+            self.call("post", "/v1/completions", {"prompt": "a", "max_tokens": 1})
         except requests.Timeout as error:
             raise ServerError(f"{self.url} hangs: {error}") from error
 
@@ -285,8 +271,9 @@ class Generator:
         scores = {f.__name__: f(completion, answer, **info) for f in rewards}
         if any(isinstance(score, str) or not math.isfinite(score) for score in scores.values()):
             raise ValueError(f"rewards must be finite numbers, not {scores}")
-        pairs = zip(self.environment.weights or [1.0] * len(scores), scores.values(), strict=True)
-        return sum(w * float(s) for w, s in pairs), {n: float(s) for n, s in scores.items()}
+        weights = self.environment.weights or [1.0] * len(scores)
+        return (sum(w * float(s) for w, s in zip(weights, scores.values(), strict=True)),
+                {name: float(score) for name, score in scores.items()})
 
     def call(self, method: str, route: str, body: dict | None = None) -> dict:
         """One HTTP call. ServerError without a connection, RuntimeError with a bad answer."""

@@ -29,10 +29,11 @@ from rollout import ServerError
 GUARD = 'exec 3<&0; (read line <&3; kill -9 0) & exec "$@" </dev/null 3<&-'
 
 
-def server_command(model: str, port: int, gpus: int, args: dict) -> list[str]:
+def server_command(model: str, port: int, gpus: int, backend: str, args: dict) -> list[str]:
     """vLLM's OpenAI server for RL, gpus = 0: on the CPU. args: any flags, JSON-encoded or --no-."""
     flags = {"model": model, "port": port, "host": "127.0.0.1",
-             "logprobs_mode": "processed_logprobs", "weight_transfer_config": {"backend": "nccl"}}
+             "logprobs_mode": "processed_logprobs",
+             "weight_transfer_config": {"backend": "ipc" if backend == "ipc" else "nccl"}}
     if not gpus:  # vLLM 0.32 crashes on a CPU when the prefill of a request with a seed is chunked
         flags |= {"worker_extension_cls": "sync.GlooWorker", "enable_chunked_prefill": False}
     elif gpus > 1 and not {"tensor_parallel_size", "data_parallel_size"} & args.keys():
@@ -101,6 +102,7 @@ class Server:
                              "healthy vLLM server; choose another port") from error
         env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ,
                "VLLM_SERVER_DEV_MODE": "1",  # the RL routes
+               "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # of handles to weights on the same GPU
                "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
         if self.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(self.gpus)))
@@ -128,14 +130,15 @@ class Server:
 
 
 class CheckpointSource:
-    """The model's weights under their checkpoint names, layer by layer (a vLLM WeightSource).
+    """A model's weights under their checkpoint names, layer by layer (a vLLM WeightSource).
 
-    Parameter names differ from these for many families; transformers knows the way back. Tied
-    weights go under every name: without lm_head vLLM would keep its old one. dtype: on the wire.
+    weights: by the model's names, which for many families are others; transformers knows the way
+    back. Tied ones go under every name: without lm_head vLLM would keep its old one. From a GPU
+    they go as bfloat16.
     """
 
-    def __init__(self, model, dtype: torch.dtype | None = None):
-        self.model, self.dtype = model, dtype
+    def __init__(self, model, weights: dict[str, Tensor], device: torch.device):
+        self.model, self.weights, self.device = model, weights, device
 
     @functools.cache  # names and shapes stay; the tensors are materialized for them only once
     def metadata(self) -> list:
@@ -147,16 +150,16 @@ class CheckpointSource:
         """(checkpoint name, tensor); one layer at a time exists as a copy."""
         from transformers.core_model_loading import revert_weight_conversion
         layers: dict[str, dict] = {}  # no conversion reaches across layers
-        for name, p in self.model.named_parameters(remove_duplicate=False):
-            layers.setdefault(re.match(r".*?\.\d+\.|", name).group(), {})[name] = p
+        for name, tensor in self.weights.items():
+            layers.setdefault(re.match(r".*?\.\d+\.|", name).group(), {})[name] = tensor
         for layer in layers.values():
-            full = {k: getattr(p, "full_tensor", p.detach)().detach() for k, p in layer.items()}
-            for name, tensor in revert_weight_conversion(self.model, full).items():
-                yield name, tensor.to(self.dtype or tensor.dtype).contiguous()
+            for name, tensor in revert_weight_conversion(self.model, layer).items():
+                dtype = torch.bfloat16 if self.device.type == "cuda" else tensor.dtype
+                yield name, tensor.to(self.device, dtype).contiguous()
 
 
 class WeightSync:
-    """Sends the trainer's weights to a vLLM server by vLLM's own engine, over "nccl" or "gloo"."""
+    """Sends the trainer's weights to a vLLM server by vLLM's own engine: "nccl", "ipc", "gloo"."""
 
     def __init__(self, url: str, source: CheckpointSource, backend: str, timeout: float):
         self.url, self.source, self.backend, self.timeout = url, source, backend, timeout
@@ -185,11 +188,16 @@ class WeightSync:
 
     def meet(self):
         """A new group with the workers, whoever's group they are in; the trainer's side of it."""
-        from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, nccl_engine
+        from vllm.distributed.weight_transfer import (
+            HTTPVLLMWeightSyncClient, ipc_engine, nccl_engine)
+        client = HTTPVLLMWeightSyncClient(self.url, self.timeout)
         if not self.call("shutdown_weight_transfer_engine", check=False).ok:
             # a trainer died in the middle of an update: one that cannot be read ends it
             self.call("update_weights", {"update_info": {}}, check=False)
             self.call("shutdown_weight_transfer_engine")
+        if self.backend == "ipc":
+            return ipc_engine.IPCTrainerWeightTransferEngine.trainer_init(
+                ipc_engine.IPCTrainerInitInfo(packed=True), client=client, source=self.source)
         server = urlsplit(self.url)
         with socket.create_connection((server.hostname, server.port), self.timeout) as connection:
             address = connection.getsockname()[0]  # ours, as the server can reach it
@@ -202,7 +210,7 @@ class WeightSync:
         return nccl_engine.NCCLTrainerWeightTransferEngine.trainer_init(
             nccl_engine.NCCLTrainerInitInfo(address, port, workers + 1, rank=0,
                                             packed=self.backend == "nccl"),
-            client=HTTPVLLMWeightSyncClient(self.url, self.timeout), source=self.source)
+            client=client, source=self.source)
 
     def call(self, route: str, body: dict | None = None, method: str = "post", check: bool = True):
         """One HTTP call. Raises requests.RequestException if there is no answer, or a bad one."""

@@ -323,7 +323,7 @@ def test_the_users_config_loads_and_means_what_it_says(tmp_path):
                                                "inference.args.dtype=bfloat16"])
     assert (config.group_size, config.max_steps, config.env_args, config.run_name) == (
         32, 5, {"n": 3}, "x")
-    command = sync.server_command(config.model, 8000, 1, config.inference_args)
+    command = sync.server_command(config.model, 8000, 1, "nccl", config.inference_args)
     for words in (["--enforce-eager", "--max-model-len", "8192"], ["--dtype", "bfloat16"],
                   ["--limit-mm-per-prompt", '{"image": 4}'], ["--host", "127.0.0.1"],
                   ["--weight-transfer-config", '{"backend": "nccl"}'],
@@ -361,12 +361,11 @@ def test_the_constructor_of_the_readme_contacts_no_server():
 
 def test_weights_go_under_their_checkpoint_names_with_the_tied_head():
     trainer = make_trainer()
-    sent = dict(sync.CheckpointSource(trainer.model))
+    sent = dict(trainer.source)
     assert sent["lm_head.weight"].equal(sent["model.embed_tokens.weight"])
     assert "visual.blocks.0.attn.qkv.weight" in sent
-    meta = sync.CheckpointSource(trainer.model, torch.bfloat16).metadata()
+    meta = trainer.source.metadata()
     assert [(m.name, m.shape) for m in meta] == [(n, tuple(t.shape)) for n, t in sent.items()]
-    assert {m.dtype for m in meta} == {torch.bfloat16}
 
 
 def test_two_steps_on_a_real_server(server, tmp_path):

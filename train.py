@@ -18,13 +18,16 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy
 import tomli
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.checkpoint import state_dict as sharded
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import pad
 from tqdm import tqdm
 
@@ -40,6 +43,8 @@ CAUSES = ("weights that do not arrive, a server without --logprobs-mode processe
 MAY_BE_ZERO = ("mask_ratio_low", "max_dropped", "async_steps", "sync_to_vllm_every",
                "inference_gpus", "trainer_gpus")
 AT_MOST = {"mask_ratio_low": 1, "clip_low": 1, "max_dropped": 1, "vllm_server_port": 65535}
+FULL = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+LORA_SCALE = 2
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class MultimodalRLConfig:
     share_prompt: bool | None = None        # unset: decided per micro-batch, by counting work
     gradient_checkpointing: bool = False    # less memory, but prompts cannot be shared
     freeze_vision: bool = False             # train the language model alone
+    lora_rank: int = 0                      # above 0: train adapters of all linear layers (peft)
     temperature: float = 1.0
     max_tokens: int = 512
     vllm_server_host: str = "0.0.0.0"       # this machine: train.py starts the server itself
@@ -93,17 +99,15 @@ class MultimodalRLConfig:
     def __post_init__(self):
         for f in fields(self):
             value, kind = getattr(self, f.name), float | int if f.type is float else f.type
-            if not isinstance(value, kind) or (isinstance(value, bool) and f.type in (int, float)):
+            number, most = f.type in (int, float), AT_MOST.get(f.name, 1e12)
+            if not isinstance(value, kind) or number and isinstance(value, bool):
                 name = getattr(kind, "__name__", kind)
                 raise ValueError(f"{f.name} must be {name}, not {value!r}")
-            zero, most = f.default == 0 or f.name in MAY_BE_ZERO, AT_MOST.get(f.name, 1e12)
-            if f.type in (int, float) and not (0 < value <= most or value == 0 and zero):
-                least = "at least" if zero else "above"
+            least = "at least" if f.default == 0 or f.name in MAY_BE_ZERO else "above"
+            if number and not (0 < value <= most or value == 0 and least == "at least"):
                 raise ValueError(f"{f.name} must be {least} 0 and at most {most:g}, not {value}")
         if self.max_tokens >= self.inference_args.get("max_model_len", math.inf):
             raise ValueError("max_tokens must be below max_model_len, which holds the prompt, too")
-        if self.trainer_gpus > 1:
-            raise ValueError(f"trainer.gpus must be 0 or 1, not {self.trainer_gpus}")
         if isinstance(self.resume, str) and not Path(self.resume, "checksums.json").exists():
             raise ValueError(f"resume must be true or a checkpoint's folder, not {self.resume!r}")
         if self.batch_size % self.rollouts_per_step or self.group_size < 2:
@@ -117,6 +121,12 @@ class MultimodalRLConfig:
     @property
     def local(self) -> bool:  # then train.py may start the server
         return self.vllm_server_host in ("0.0.0.0", "127.0.0.1", "localhost")
+
+    @property
+    def backend(self) -> str:  # of vLLM's for the weights: no GPU, other GPUs, the same GPU
+        if not torch.cuda.is_available():
+            return "gloo"
+        return "nccl" if self.trainer_gpus else "ipc"
 
     @property
     def url(self) -> str:
@@ -133,40 +143,37 @@ KEYS |= {f"trainer.args.{f.name}": f.name for f in fields(MultimodalRLConfig)
 
 def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
     """A TOML file and overrides ("seed=1", "env.args.n=3", "model=DIR"); ValueError in one line."""
+    values = {}
+
+    def read(table: dict, prefix: str = "") -> None:
+        for key, value in table.items():
+            name = KEYS.get(prefix + key)
+            if name:
+                merge = isinstance(value, dict) and isinstance(values.get(name), dict)
+                values[name] = values[name] | value if merge else value
+            elif isinstance(value, dict):
+                read(value, f"{prefix}{key}.")
+            else:
+                near = difflib.get_close_matches(prefix + key, KEYS, n=1, cutoff=0)[0]
+                raise ValueError(f"unknown key {prefix + key!r}; did you mean {near!r}?")
+
     try:
-        found = {}
-        for table in (tomli.loads(Path(path).read_text()), *map(read_override, overrides)):
-            for key, value in flatten(table):
-                if key not in KEYS:
-                    near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0)[0]
-                    raise ValueError(f"unknown key {key!r}; did you mean {near!r}?")
-                old = found.get(KEYS[key])
-                both = isinstance(value, dict) and isinstance(old, dict)
-                found[KEYS[key]] = old | value if both else value
-        config = MultimodalRLConfig(**found)
+        read(tomli.loads(Path(path).read_text()))
+        for override in overrides:  # a bare key is one of [trainer.args], a bare word a string
+            key, equals, text = override.partition("=")
+            if not equals:
+                raise ValueError(f"override {override!r} is not key=value or table.key=value")
+            key = key if "." in key or key == "model" else f"trainer.args.{key}"
+            try:
+                read(tomli.loads(f"{key} = {text}"))
+            except tomli.TOMLDecodeError:
+                read(tomli.loads(f"{key} = {json.dumps(text)}"))
+        config = MultimodalRLConfig(**values)
         if not config.model or not config.env_id:
             raise ValueError('it must set model = "..." and [env] id = "..."')
         return config
     except (OSError, ValueError) as error:  # tomli's errors are ValueErrors
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def flatten(table: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in table.items():
-        if isinstance(value, dict) and prefix + key not in KEYS:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def read_override(override: str) -> dict:
-    """"key=value" as tables; a bare key is one of [trainer.args], a bare word a string."""
-    key, equals, text = override.partition("=")
-    key = key if "." in key or key == "model" else f"trainer.args.{key}"
-    for value in (text, json.dumps(text)) if equals else ():
-        with contextlib.suppress(tomli.TOMLDecodeError):
-            return tomli.loads(f"{key} = {value}")
-    raise ValueError(f"override {override!r} is not key=value or table.key=value")
 
 
 def vision_token_ids(model_config) -> list[int]:
@@ -203,13 +210,9 @@ class Policy(torch.nn.Module):
     def forked_states(self, batch: MultimodalBatch) -> Tensor:
         """The same states, with each prompt and its images forwarded once.
 
-            prompt 0   [. . p p p p] --cache--+--> [a a a . .]   row 0
-                                              +--> [b b b b b]   row 1
-            prompt 1   [p p p p p p] --cache-----> [c c . . .]   row 2
-
-        The prompt's cache is forked into one line per completion. Prompts are padded on the
-        left, so that each ends where its completions begin and its last state is the one before
-        their first tokens. Gradients of all completions flow back through the cache and add up.
+        A prompt's cache is forked into one line per completion; the gradients of all of them flow
+        back through it and add up. Prompts are padded on the left, so that each ends where its
+        completions begin, and its last state is the one before their first tokens.
         """
         index, (prompts, completions, trained) = batch.prompt_index, batch.fork()
         width, length = prompts["input_ids"].shape[1], trained.shape[1]
@@ -218,14 +221,13 @@ class Policy(torch.nn.Module):
         images = batch.images_of(range(len(prompts["input_ids"])))
         prompt = self.model.base_model(**prompts, **images, use_cache=True,
                                        position_ids=positions[..., :width])
-        cache = prompt.past_key_values
-        cache.batch_select_indices(index)
+        prompt.past_key_values.batch_select_indices(index)
         inputs = {key: tensor[:, :steps] for key, tensor in completions.items()}
         inputs["attention_mask"] = torch.cat(
             [prompts["attention_mask"][index], inputs["attention_mask"]], 1)
         completion = self.model.base_model(
             **inputs, position_ids=positions[..., index, width:width + steps],
-            past_key_values=cache, use_cache=True)
+            past_key_values=prompt.past_key_values, use_cache=True)
         before_first = prompt.last_hidden_state[index, -1:]  # (b, 1, H)
         return torch.cat([before_first, completion.last_hidden_state], 1)[:, :length][trained]
 
@@ -236,32 +238,30 @@ class Policy(torch.nn.Module):
         count = getattr(self.model.base_model, "get_rope_index", None)
         if count is None or len(row) == 2:
             return (row["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        grids = {k: v for k, v in batch.image_tensors().items() if k.endswith("_thw")}
-        return count(**row, **grids)[0]
+        return count(**row, **{k: v for k, v in batch.image_tensors().items() if "_thw" in k})[0]
 
 
 class MultimodalGRPOTrainer:
     """Trains a Hugging Face image-text-to-text model, on its device, by GRPO against a vLLM server.
 
-    The tokenizer is saved with checkpoints, unless the adapter has a processor. Only train() needs
-    the server.
+    The tokenizer is saved if the adapter has no processor. Only train() needs the server. Under
+    torchrun every rank makes one, of the same model: it is sharded, and rank 0 talks to the server.
     """
 
     def __init__(self, model, tokenizer, adapter: MultimodalAdapter, config: MultimodalRLConfig):
         self.model, self.tokenizer, self.adapter, self.config = model, tokenizer, adapter, config
         self.device = next(model.parameters()).device
-        on_gpu = self.device.type == "cuda"
-        self.fp32 = not on_gpu and model.dtype == torch.float32
+        self.rank, self.world = ((distributed.get_rank(), distributed.get_world_size())
+                                 if distributed.is_initialized() else (0, 1))
         self.environment = config.env_id and load_environment(config.env_id, config.env_args)
         if self.environment and config.eval_every_steps and not len(self.environment.eval):
             raise ValueError(f"eval_every_steps: {config.env_id!r} has no held-out split")
         self.run_dir = Path(config.output_dir, config.run_name)
-        self.wandb = config.wandb_project and importlib.import_module("wandb").init(
-            project=config.wandb_project, name=config.run_name, config=asdict(config))
-        self.step = self.saved = self.bad_steps = self.stopping = 0
+        self.wandb = self.rank == 0 and config.wandb_project and importlib.import_module(
+            "wandb").init(project=config.wandb_project, name=config.run_name, config=asdict(config))
+        self.step = self.saved = self.bad_steps = self.stopping = self.seconds_sync = 0
         self.banned = vision_token_ids(model.config)
         self.hidden_size = model.config.get_text_config().hidden_size
-        self.logprobs = Policy(model, config.temperature, self.banned)
         # dropout would make the trainer another policy than the one that sampled; but
         # Hugging Face checkpoints gradients in training mode alone, and then without a cache
         model.train(config.gradient_checkpointing)
@@ -272,38 +272,38 @@ class MultimodalGRPOTrainer:
             model.requires_grad_(False)
             for part in (model.get_decoder(), model.get_output_embeddings()):
                 part.requires_grad_(True)
+        if config.lora_rank:
+            torch.manual_seed(config.seed)  # the same on every rank
+            add_adapters(model, config.lora_rank)
+        self.logprobs = Policy(model, config.temperature, self.banned)
+        if self.world > 1:
+            shard(self.logprobs, self.device.type)
         self.optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad),
                                            config.learning_rate, weight_decay=config.weight_decay)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min(1.0, (step + 1) / max(1, config.warmup_steps)))
         self.ahead = collections.deque()  # steps whose rollouts are under way
         self.server, self.generator = sync.Server(config.url, config.vllm_server_timeout), None
-        self.weights = sync.WeightSync(
-            config.url, sync.CheckpointSource(model, torch.bfloat16 if on_gpu else None),
-            "nccl" if on_gpu else "gloo", config.vllm_server_timeout)
+        self.source = sync.CheckpointSource(model, self.full_weights(), self.device)
+        self.weights = sync.WeightSync(config.url, self.source, config.backend,
+                                       config.vllm_server_timeout)
 
     def train(self) -> None:
-        """Roll out, update, sync, until max_steps. The server must be up, or come up in time.
+        """Sync, roll out, update, until max_steps. The server must be up, or come up in time.
 
         Continues an earlier run if config.resume says so. An error leaves a checkpoint behind.
         """
         config = self.config
         self.resume()
-        self.connect()
-        bar = tqdm(total=config.max_steps, initial=self.step)
+        self.on_lead(self.connect)
+        bar = tqdm(total=config.max_steps, initial=self.step, disable=self.rank > 0)
         try:
-            while self.step < config.max_steps and not self.stopping:
-                if config.eval_every_steps and self.step % config.eval_every_steps == 0:
-                    self.evaluate()
+            while self.step < config.max_steps and not self.on_lead(lambda: self.stopping):
+                self.with_server(self.evaluate)
                 clock = [time.perf_counter()]
                 outputs = self.with_server(self.rollouts)
                 clock.append(time.perf_counter())
                 metrics = self.update(outputs)
                 clock.append(time.perf_counter())
-                if config.sync_to_vllm_every and self.step % config.sync_to_vllm_every == 0:
-                    self.with_server(self.send_weights)
-                clock.append(time.perf_counter())
-                self.log(metrics, clock, outputs)
+                self.on_lead(lambda: self.log(metrics, clock, outputs))
                 bar.set_postfix({name: f"{metrics[name]:.3g}" for name in
                                  ("loss", "ir", "ent", "kl", "reward")}, refresh=False)
                 bar.update()
@@ -314,8 +314,8 @@ class MultimodalGRPOTrainer:
             raise
         bar.close()
         self.save()
-        if config.eval_every_steps and not self.stopping:
-            self.evaluate()
+        if self.step == config.max_steps:
+            self.with_server(self.evaluate)
 
     def stop(self, number: int = signal.SIGTERM, _frame=None) -> None:
         """End train() after the step at hand, with a checkpoint; the second time: exit at once."""
@@ -323,35 +323,52 @@ class MultimodalGRPOTrainer:
             sys.exit(128 + number)
         self.stopping = number
 
+    def on_lead(self, action):
+        """action() on rank 0; every rank gets its result, or its exception."""
+        found = [None, None]
+        if self.rank == 0:
+            try:
+                found[0] = action()
+            except Exception as error:
+                found[1] = error
+        if self.world > 1:
+            distributed.broadcast_object_list(found)
+        if found[1]:
+            raise found[1]
+        return found[0]
+
     def connect(self) -> None:
         """Wait for the server; send it our weights, whatever it served before."""
-        config = self.config
         if not self.server.is_healthy():
             self.server.restore()
-        self.generator = Generator(self.environment, config.url, config,
-                                   {i: -100 for i in self.banned},
+        self.generator = Generator(self.environment, self.config, self.banned,
                                    self.adapter.encode if self.adapter.processor else None)
-        self.with_server(self.send_weights)
+        self.retried(self.send_weights)
 
     def with_server(self, action):
-        """action(); after a ServerError again, with the server restored and our weights on it."""
-        for attempt in range(1, ATTEMPTS + 1):
+        """action() on rank 0, on a server with our weights, restored and tried again if need be."""
+        return self.on_lead(lambda: self.retried(action))
+
+    def retried(self, action):
+        for attempts_left in reversed(range(ATTEMPTS)):
             try:
-                if attempt > 1:
-                    self.server.restore()
-                    self.weights.engine = None  # a new server knows nothing of the old group
-                    self.send_weights()
+                self.send_weights()
                 return action()
             except ServerError as error:
-                if attempt == ATTEMPTS:
+                if not attempts_left:
                     raise
                 tqdm.write(f"{error}; restoring the server")
                 self.ahead.clear()  # what was under way is lost, too
+                self.weights.engine = None  # and the group with the old server
+                self.server.restore()
 
     def send_weights(self) -> None:
-        if self.config.sync_to_vllm_every:
+        """Send them if sync_to_vllm_every says so, or if the server has none of ours."""
+        every, now = self.config.sync_to_vllm_every, self.generator.version == self.step
+        if every and (self.weights.engine is None or self.step % every == 0 and not now):
+            start = time.perf_counter()
             self.weights.send(self.step)
-            self.generator.version = self.step
+            self.generator.version, self.seconds_sync = self.step, time.perf_counter() - start
 
     def rollouts(self) -> GenerateOutputs:
         """This step's completions; those of the next async_steps are begun in the background."""
@@ -361,6 +378,28 @@ class MultimodalGRPOTrainer:
             self.ahead.append(self.generator.begin(step, config.rollouts_per_step,
                                                    config.group_size))
         return self.ahead.popleft()()
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Every weight by name, adapters folded in; of sharded ones a copy, on rank 0 alone."""
+        weights = (self.model.state_dict() if self.world == 1 else
+                   sharded.get_model_state_dict(self.model, options=FULL))
+        return fold_adapters(weights) if self.config.lora_rank else weights
+
+    def deal(self, batch: MultimodalBatch) -> Iterator[tuple[MultimodalBatch, bool, bool]]:
+        """This rank's micro-batches of the step: (the batch, share its prompts?, does it count?).
+
+        Ranks must make the same calls of the sharded model. So those of one turn are alike: with
+        images or without, and neighbours in length; who gets none repeats another's for nothing.
+        """
+        size, share = self.config.micro_batch_size, self.config.share_prompt
+        micros = list(batch.micro_batches(size, self.world))
+        for images in (True, False):
+            alike = [micro for micro in micros if bool(micro.image_rows) == images]
+            for start in range(0, len(alike), self.world):
+                turn = alike[start:start + self.world]
+                pays = share is None and all(m.sharing_pays(self.hidden_size) for m in turn)
+                counts = self.rank < len(turn)
+                yield turn[self.rank * counts], self.can_share and bool(share or pays), counts
 
     def update(self, outputs: GenerateOutputs) -> dict[str, float]:
         """One optimizer step on the given completions, without a server. Returns its metrics.
@@ -372,45 +411,60 @@ class MultimodalGRPOTrainer:
         num_tokens, sums = batch.loss_mask.sum().item(), collections.Counter()
         if num_tokens and not self.calibrated:
             self.calibrate(batch)
-        for micro in batch.micro_batches(config.micro_batch_size):
-            share = self.can_share and (config.share_prompt or config.share_prompt is None
-                                        and micro.sharing_pays(self.hidden_size))
+        for micro, share, counts in self.deal(batch):
             micro = micro.to(self.device)
             loss, part = grpo_loss(
                 *self.logprobs(micro, share), micro.behavior_logprobs, micro.advantages,
                 micro.loss_mask, num_tokens, mask_ratio_low=config.mask_ratio_low,
                 mask_ratio_high=config.mask_ratio_high, clip_low=config.clip_low,
                 clip_high=config.clip_high)
-            loss.backward()
-            sums.update({name: value.item() for name, value in part.items()}, loss=loss.item(),
-                        cells=micro.input_ids.numel(), real=micro.attention_mask.sum().item(),
-                        shared=share * len(micro))
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        finite = math.isfinite(sums["loss"] + grad_norm)
-        if finite:
-            self.optimizer.step()
-        else:
-            self.dump(batch)
-        self.bad_steps = 0 if finite else self.bad_steps + 1
-        self.optimizer.zero_grad()
-        lr = self.scheduler.get_last_lr()[0]
-        self.scheduler.step()
+            (loss * self.world * counts).backward()  # FSDP takes the mean over the ranks
+            if counts:
+                sums.update({name: value.item() for name, value in part.items()}, loss=loss.item(),
+                            cells=micro.input_ids.numel(), real=micro.attention_mask.sum().item(),
+                            shared=share * len(micro))
+        sums, norm = self.total(sums), self.clip_gradients(config.max_grad_norm)
+        lr = config.learning_rate * min(1.0, (self.step + 1) / max(1, config.warmup_steps))
+        self.optimizer.param_groups[0]["lr"] = lr
         self.step += 1
+        if finite := math.isfinite(sums["loss"] + norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        if not finite:
+            self.dump(batch)
+        if config.sync_to_vllm_every and self.step % config.sync_to_vllm_every == 0:
+            self.source.weights = self.full_weights()
         means = {name: sums[name] / max(sums["tokens"], 1)
                  for name in ("ir", "ent", "kl", "masked_fraction", "clip_fraction")}
-        return {"step": self.step, "loss": sums["loss"], **means, "grad_norm": grad_norm.item(),
-                "lr": lr, "skipped": int(not finite), "tokens": num_tokens,
+        return {"step": self.step, "loss": sums["loss"], **means, "grad_norm": norm, "lr": lr,
+                "skipped": int(not finite), "tokens": num_tokens,
                 "shared_fraction": sums["shared"] / len(batch),
                 "padding_fraction": 1 - sums["real"] / max(sums["cells"], 1),
                 **rollout_metrics(batch, outputs)}
 
+    def total(self, sums: collections.Counter) -> collections.Counter:
+        """Those of all ranks, added up."""
+        found, total = [sums] * self.world, collections.Counter()
+        if self.world > 1:
+            distributed.all_gather_object(found, sums)
+        for part in found:
+            total.update(part)
+        return total
+
+    def clip_gradients(self, most: float) -> float:
+        """Their norm, before they are clipped."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), most)
+        return (norm.full_tensor() if self.world > 1 else norm).item()
+
     def dump(self, batch: MultimodalBatch) -> None:
         """Write a batch without finite loss or gradient, as torch.load(weights_only=True) reads."""
-        path = self.run_dir / f"bad-batch-{self.step + 1}.pt"
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        torch.save(vars(batch), path)
-        tqdm.write(message := f"step {self.step + 1}: loss or gradient is not finite; see {path}")
-        if self.bad_steps == ATTEMPTS - 1:
+        path = self.run_dir / f"bad-batch-{self.step}.pt"
+        if self.rank == 0:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            torch.save(vars(batch), path)
+        tqdm.write(message := f"step {self.step}: loss or gradient is not finite; see {path}")
+        if self.bad_steps == ATTEMPTS:
             raise RuntimeError(f"{message}. In a row: {ATTEMPTS}. Lower learning_rate, or look for "
                                "pixels or tokens that this model cannot compute")
 
@@ -427,62 +481,65 @@ class MultimodalGRPOTrainer:
         return batch
 
     def calibrate(self, batch: MultimodalBatch) -> dict[str, float]:
-        """Recompute a few completions, prompts shared and not; print how far the server's are off.
+        """Print how far the server's logprobs of a few completions are off; RuntimeError if far.
 
         Prompts will not be shared if that fails, or changes logprobs or gradient (as a detached
-        cache would). RuntimeError if the server is another policy than the dtype explains.
+        cache would).
         """
-        self.calibrated, passes = True, []
-        trained = batch.loss_mask.bool().any(1).nonzero()[:, 0]
+        def probe(share: bool) -> tuple[Tensor, float]:
+            logprobs, _ = self.logprobs(micro, share)
+            (logprobs.sum(1) @ torch.arange(1.0, len(micro) + 1).to(self.device)).backward()
+            norm = self.clip_gradients(math.inf)
+            self.model.zero_grad()
+            return logprobs.detach(), norm
+
+        self.calibrated, trained = True, batch.loss_mask.bool().any(1).nonzero()[:, 0]
         first = torch.linspace(0, max(0, len(trained) - 2), 4).long()  # and each one's neighbour
         rows = torch.cat([first, first + 1]).clamp(max=len(trained) - 1).unique()
         micro = batch.select(trained[rows[:self.config.micro_batch_size]]).to(self.device)
-        exact, mean_exact = (1e-4, 1e-4) if self.fp32 else (0.2, 0.05)
+        fp32 = self.device.type == "cpu" and self.model.dtype == torch.float32
+        exact, mean_exact = (1e-4, 1e-4) if fp32 else (0.2, 0.05)
+        plain, norm = probe(False)
         try:
-            for share in (False, True)[:1 + self.can_share]:
-                logprobs, _ = self.logprobs(micro, share)
-                (logprobs.sum(1) @ torch.arange(1.0, len(micro) + 1).to(self.device)).backward()
-                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)
-                passes.append((logprobs.detach(), norm))
-                self.model.zero_grad()
-            (plain, plain_norm), (shared, norm) = passes[0], passes[-1]
+            shared, shared_norm = probe(True) if self.can_share else (plain, norm)
             off = (plain - shared).abs().max()
-            if not (off <= exact and abs(norm - plain_norm) <= 10 * exact * plain_norm):
-                raise ValueError(f"logprobs differ by {off:.1e}, gradients {plain_norm}, {norm}")
+            if not (off <= exact and abs(norm - shared_norm) <= 10 * exact * norm):
+                raise ValueError(f"logprobs differ by {off:.1e}, gradients {norm}, {shared_norm}")
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            if not passes:
-                raise
             self.can_share = False
             self.model.zero_grad()
             tqdm.write("prompts are not shared, every completion is forwarded with its own: "
                        f"{type(error).__name__}: {str(error)[:200]}")
-        off = (passes[0][0] - micro.behavior_logprobs)[micro.loss_mask.bool()]
+        off = (plain - micro.behavior_logprobs)[micro.loss_mask.bool()]
         found = {"max": off.abs().max().item(), "mean": off.abs().mean().item(),
                  "kl": (off.expm1() - off).mean().item()}
-        said = (f"trainer and server: logprobs of {len(off)} tokens differ by {found['max']:.1e}"
-                f" at most, {found['mean']:.1e} in the mean; mismatch KL {found['kl']:.1e}")
+        tqdm.write(said := f"trainer and server: logprobs of {len(off)} tokens differ by "
+                   "{max:.1e} at most, {mean:.1e} in the mean; KL {kl:.1e}".format(**found))
         if self.generator and self.config.sync_to_vllm_every and found["mean"] > mean_exact:
             raise RuntimeError(f"{said}. These are different policies: {CAUSES}; or vLLM does not "
                                "compute this model as transformers does")
-        tqdm.write(said)
         return found
 
     def evaluate(self) -> None:
-        """Print and log the mean reward on the held-out split, sampled as in training."""
-        outputs = self.with_server(lambda: self.generator.evaluate(self.config.eval_samples))
-        means = {f"eval/{name}": sum(values) / len(outputs) for name, values in
-                 {"reward": outputs.reward, **outputs.metrics}.items()}
+        """Log the mean reward on the held-out split, sampled as in training, if that is due."""
+        every = self.config.eval_every_steps
+        if not every or self.step % every and self.step < self.config.max_steps:
+            return
+        outputs = self.generator.evaluate(self.config.eval_samples)
+        means = {f"eval/{name}": value for name, value in outputs.means().items()}
         self.write({"step": self.step, **means})
         tqdm.write(f"step {self.step}: held-out reward {means['eval/reward']:.3f} "
                    f"({len(outputs)} completions)")
 
     def log(self, metrics: dict, clock: list[float], outputs: GenerateOutputs) -> None:
         """A line of metrics.jsonl; every log_every_steps three completions and their images."""
-        seconds = [end - start for start, end in zip(clock, clock[1:])]
-        self.write({**metrics, "tokens_per_second": metrics["tokens"] / sum(seconds),
-                    "staleness": metrics["step"] - 1 - outputs.weight_version,
-                    "seconds_waited": max(0.0, clock[0] - outputs.finished),
-                    **dict(zip(("seconds_rollout", "seconds_train", "seconds_sync"), seconds))})
+        start, rolled_out, trained = clock
+        self.write({**metrics, "tokens_per_second": metrics["tokens"] / (trained - start),
+                    "staleness": self.step - 1 - outputs.weight_version,
+                    "seconds_waited": max(0.0, start - outputs.finished),
+                    "seconds_rollout": rolled_out - start, "seconds_train": trained - rolled_out,
+                    "seconds_sync": self.seconds_sync})
+        self.seconds_sync = 0.0
         for reason, count in collections.Counter(outputs.dropped).most_common(3):
             tqdm.write(f"step {self.step}: {count} completions dropped: {reason[:300]}")
         if metrics["kl"] > self.config.kl_warning:
@@ -505,19 +562,26 @@ class MultimodalGRPOTrainer:
             self.wandb.log(metrics, step=self.step)
 
     def save(self) -> None:
-        """Write run_dir/checkpoint-STEP: for from_pretrained, for vLLM, and to resume from.
+        """Write run_dir/checkpoint-STEP, for from_pretrained, vLLM and resume; whole or not at all.
 
-        It appears whole or not at all, and older ones go only after that.
+        The oldest ones go after that.
         """
         if self.saved == self.step:
             return
+        self.saved, weights = self.step, self.full_weights()
+        optimizer = sharded.get_optimizer_state_dict(self.model, self.optimizer, options=FULL)
+        adapters = {} if not self.config.lora_rank else sharded.get_model_state_dict(
+            self.model, options=FULL)
+        if self.rank > 0:
+            return
         partial, target = self.run_dir / "unfinished", self.run_dir / f"checkpoint-{self.step}"
-        shutil.rmtree(partial, ignore_errors=True)
-        for part in (self.model, self.adapter.processor or self.tokenizer):
-            part.save_pretrained(partial)
+        for left_over in (partial, target):
+            shutil.rmtree(left_over, ignore_errors=True)
+        self.model.save_pretrained(partial, state_dict=weights)
+        (self.adapter.processor or self.tokenizer).save_pretrained(partial)
         name, keys, *rest = numpy.random.get_state()
-        torch.save({"step": self.step, "optimizer": self.optimizer.state_dict(),
-                    "scheduler": self.scheduler.state_dict(), "torch": torch.get_rng_state(),
+        torch.save({"step": self.step, "optimizer": optimizer, "torch": torch.get_rng_state(),
+                    "adapters": {k: v for k, v in adapters.items() if ".lora_" in k},
                     "cuda": torch.cuda.get_rng_state_all(), "python": random.getstate(),
                     "numpy": (name, keys.tolist(), *rest),
                     "metrics_bytes": os.path.getsize(self.run_dir / "metrics.jsonl")},
@@ -526,67 +590,88 @@ class MultimodalGRPOTrainer:
         os.sync()  # before the name says that it is whole
         partial.rename(target)
         os.sync()
-        self.saved = self.step
         for path in self.checkpoints()[:-self.config.keep_checkpoints]:
             shutil.rmtree(path)
 
     def checkpoints(self) -> list[Path]:
         """Those of this run, the newest last."""
-        return sorted(self.run_dir.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+        return sorted(self.run_dir.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime_ns)
+
+    def choose_checkpoint(self) -> Path | None:
+        """The one at config.resume, if True this run's newest whole one; ValueError: not whole."""
+        wanted, own = self.config.resume, self.checkpoints()[::-1]
+        for path in [Path(wanted)] if isinstance(wanted, str) else own if wanted else []:
+            if is_whole(path):
+                return path
+            tqdm.write(f"{path} is damaged or incomplete")
+        if isinstance(wanted, str):
+            raise ValueError(f"resume = {wanted!r} is no whole checkpoint")
 
     def resume(self) -> None:
-        """Load the checkpoint at config.resume, if True this run's newest whole one.
+        """Load weights, optimizer, step and random generators of the checkpoint, if there is one.
 
-        What came after it, and a run that is not continued, is renamed. ValueError for a bad path.
+        The metrics after it are cut off. The folder of a run that is not continued is renamed.
         """
-        wanted, own, past = self.config.resume, self.checkpoints(), f"past-{time.time():.0f}"
-        for path in [Path(wanted)] if isinstance(wanted, str) else own[::-1] if wanted else []:
-            if is_whole(path):
-                state = self.load(path)
-                break
-            tqdm.write(f"{path} is damaged or incomplete")
-        else:
-            path = self.run_dir
-            transformers.set_seed(self.config.seed)
-            if isinstance(wanted, str):
-                raise ValueError(f"resume = {wanted!r} is no whole checkpoint")
-        metrics = self.run_dir / "metrics.jsonl"
-        if path.resolve().parent == self.run_dir.resolve():
+        path, metrics = self.on_lead(self.choose_checkpoint), self.run_dir / "metrics.jsonl"
+        transformers.set_seed(self.config.seed)
+        if path:
+            state = torch.load(path / "trainer.pt", weights_only=True, mmap=True)
+            weights = state["adapters"] or type(self.model).from_pretrained(
+                path, dtype=self.model.dtype).state_dict()
+            sharded.set_model_state_dict(self.model, weights, options=FULL)
+            sharded.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"],
+                                             options=FULL)
+            torch.set_rng_state(state["torch"])
+            torch.cuda.set_rng_state_all(state["cuda"])
+            random.setstate(state["python"])
+            numpy.random.set_state(state["numpy"])
+            self.step = self.saved = state["step"]
+            self.source.weights = self.full_weights()
+            tqdm.write(f"resumed from {path}")
+        if self.rank > 0:
+            return
+        if path and path.resolve().parent == self.run_dir.resolve():
             metrics.touch()
             os.truncate(metrics, min(state["metrics_bytes"], os.path.getsize(metrics)))
-            for later in own[own.index(self.run_dir / path.name) + 1:]:
-                later.rename(self.run_dir / f"{past}-{later.name}")
         elif metrics.exists():
-            self.run_dir.rename(f"{self.run_dir}-{past}")
+            self.run_dir.rename(f"{self.run_dir}-past-{time.time():.0f}")
         self.run_dir.mkdir(parents=True, exist_ok=True)
         metrics.touch()
-        self.saved = self.step
 
-    def load(self, path: Path) -> dict:
-        """Weights, optimizer, scheduler, step and random generators of a checkpoint."""
-        state = torch.load(path / "trainer.pt", weights_only=True)
-        saved = type(self.model).from_pretrained(path, dtype=self.model.dtype)
-        self.model.load_state_dict(saved.state_dict())
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.step = state["step"]
-        torch.set_rng_state(state["torch"])
-        torch.cuda.set_rng_state_all(state["cuda"])
-        random.setstate(state["python"])
-        numpy.random.set_state(state["numpy"])
-        tqdm.write(f"resumed from {path}")
-        return state
+
+def shard(policy: Policy, device: str) -> None:
+    """FSDP2: every rank holds a slice of each block, of its gradient and its optimizer state."""
+    bf16 = torch.bfloat16 if device == "cuda" else None
+    precision = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
+    for module in policy.model.modules():
+        if type(module).__name__ in policy.model._no_split_modules:
+            fully_shard(module, mp_policy=precision)
+    fully_shard(policy, mp_policy=precision)
+
+
+def add_adapters(model, rank: int) -> None:
+    """LoRA (arXiv 2106.09685): W + LORA_SCALE B A for every linear layer but the head."""
+    import peft
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank,
+                                                 target_modules="all-linear"), model)
+
+
+def fold_adapters(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """W + LORA_SCALE B A under W's own name; the weights given stay as they are."""
+    folded = {name.replace(".base_layer", ""): tensor for name, tensor in weights.items()
+              if ".lora_" not in name}
+    for name, a in weights.items():
+        if ".lora_A." in name:
+            plain, b = name.replace(".lora_A.default", ""), weights[name.replace("_A.", "_B.")]
+            folded[plain] = folded[plain] + LORA_SCALE * b @ a
+    return folded
 
 
 def checksums(folder: Path) -> dict[str, str]:
     """{file: SHA-256} of a checkpoint, but for the list of these itself."""
-    sums = {}
-    for path in folder.rglob("*"):
-        if path.is_file() and path.name != "checksums.json":
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256")
-            sums[str(path.relative_to(folder))] = digest.hexdigest()
-    return sums
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "checksums.json"]
+    return {str(path.relative_to(folder)):
+            hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in files}
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -601,9 +686,7 @@ def rollout_metrics(batch: MultimodalBatch, outputs: GenerateOutputs) -> dict[st
     """What the completions were like, whatever is done with them."""
     groups, lengths = torch.tensor(outputs.example_id), batch.loss_mask.sum(1).float()
     alive = len(groups[batch.advantages != 0].unique()) / len(groups.unique())
-    means = {"reward": outputs.reward} | {f"reward/{k}": v for k, v in outputs.metrics.items()}
-    return {**{name: sum(values) / len(values) for name, values in means.items()},
-            "reward_std": batch.rewards.std(correction=0).item(),
+    return {**outputs.means("reward/"), "reward_std": batch.rewards.std(correction=0).item(),
             "zero_advantage_groups": 1 - alive, "completion_length": lengths.mean().item(),
             "completion_length_max": lengths.max().item(), "dropped": len(outputs.dropped),
             "truncated_fraction": outputs.finish_reason.count("length") / len(outputs)}
@@ -633,10 +716,23 @@ def command_line(program: str) -> MultimodalRLConfig:
 def make_server(config: MultimodalRLConfig) -> sync.Server:
     """vLLM on the first inference_gpus GPUs, or on the CPU where there are none; to be entered."""
     gpus = config.inference_gpus if torch.cuda.is_available() else 0
-    command = sync.server_command(config.model, config.vllm_server_port, gpus,
+    command = sync.server_command(config.model, config.vllm_server_port, gpus, config.backend,
                                   config.inference_args)
     return sync.Server(config.url, config.vllm_server_timeout, config.local and command, gpus,
                        Path(config.output_dir, f"{config.run_name}-vllm.log"))
+
+
+def start_ranks(config: MultimodalRLConfig) -> None:
+    """Become torchrun if there are several trainer GPUs; in a rank of its: join the others."""
+    if "RANK" in os.environ:
+        # rank 0 may take long to bring a server back; if it dies torchrun ends the others
+        distributed.init_process_group(timeout=timedelta(hours=2))
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # vLLM's groups have a store each
+        if distributed.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # every rank finds the same
+    elif config.trainer_gpus > 1:
+        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                  f"--nproc-per-node={config.trainer_gpus}", *sys.argv])
 
 
 @contextlib.contextmanager
@@ -645,10 +741,15 @@ def served(config: MultimodalRLConfig) -> Iterator[MultimodalGRPOTrainer]:
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         config.model, dtype=torch.float32)
     processor = transformers.AutoProcessor.from_pretrained(config.model)
-    if torch.cuda.is_available():  # on the first GPU that is not the server's
-        model.to(f"cuda:{config.inference_gpus if config.local else 0}")
+    if torch.cuda.is_available():  # after those of the server, unless it shares its one
+        first = config.inference_gpus if config.local and config.trainer_gpus else 0
+        torch.cuda.set_device(first + int(os.environ.get("LOCAL_RANK", 0)))
+        model.cuda()
     adapter = MultimodalAdapter(processor)
     trainer = MultimodalGRPOTrainer(model, processor.tokenizer, adapter, config)
+    if trainer.rank > 0:
+        yield trainer
+        return
     with make_server(config) as trainer.server:
         yield trainer
 
@@ -656,7 +757,8 @@ def served(config: MultimodalRLConfig) -> Iterator[MultimodalGRPOTrainer]:
 if __name__ == "__main__":
     with contextlib.ExitStack() as stack:
         with mistakes():
-            trainer = stack.enter_context(served(command_line("train.py")))
+            start_ranks(config := command_line("train.py"))
+            trainer = stack.enter_context(served(config))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, trainer.stop)
         trainer.train()

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from conftest import canned, gradients, make_trainer, noise, relative_difference
 from models import check
 from models.families import FAMILIES, make
-from sync import CheckpointSource
 
 ON_A_SERVER = ["llava-1.5", "qwen3-vl", "smolvlm"]  # of different tensor layouts
 
@@ -47,7 +46,7 @@ def test_a_step_trains_the_vision_tower_and_sharing_changes_nothing(checkpoints,
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_weights_are_sent_under_the_names_of_the_checkpoint_file(checkpoints, name):
-    sent = dict(CheckpointSource(make_trainer(str(checkpoints / name)).model))
+    sent = dict(make_trainer(str(checkpoints / name)).source)
     saved = load_file(checkpoints / name / "model.safetensors")
     assert sent.keys() - saved.keys() <= {"lm_head.weight"} and not saved.keys() - sent.keys()
     assert all(torch.equal(sent[key], saved[key]) for key in saved)

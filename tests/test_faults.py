@@ -84,7 +84,7 @@ def test_a_killed_run_goes_on_bit_for_bit(server, tmp_path):
     for i, moments in one["optimizer"]["state"].items():
         assert all(torch.equal(moments[k], other["optimizer"]["state"][i][k]) for k in moments)
     assert torch.equal(one["torch"], other["torch"])
-    for name in ("step", "scheduler", "python", "numpy"):
+    for name in ("step", "python", "numpy"):
         assert one[name] == other[name]
 
 
@@ -306,7 +306,7 @@ with served(load_config("config.toml", sys.argv[2:])) as trainer:
         trainer.weights.engine.client.finish_weight_update = die
     if instant == "while paused":
         trainer.weights.engine.send_weights = die
-    trainer.send_weights()
+    trainer.weights.send(1)
 """
 
 
@@ -594,7 +594,7 @@ MISTAKES = {  # words after "@ config.toml" -> what the one line says
     "env.args.num_train=0": "the train split is empty",
     "env.args.num_eval=0": "no held-out split", "wandb_project=x": "No module named 'wandb'",
     "model=no/such/model": "no/such/model", "output_dir=/proc/no": "/proc/no",
-    "vllm_server_port=TAKEN": "Address already in use", "trainer.gpus=2": "trainer.gpus must be",
+    "vllm_server_port=TAKEN": "Address already in use",
     "inference.args.enforce_eeger=true": "unrecognized arguments: --enforce-eeger",
     "inference.args.dtype=float33": "float33",
 }

@@ -102,7 +102,7 @@ def test_a_request_in_flight_goes_on_with_the_new_weights(server, tmp_path):
     with torch.no_grad():
         for p, noise_of_p in zip(trainer.model.parameters(), noises):
             p += noise_of_p
-    trainer.send_weights()
+    trainer.weights.send(1)
     running.join(60)
     batch = trainer.build_batch(replies[0])
     mask, off = batch.loss_mask.bool(), []

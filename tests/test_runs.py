@@ -158,6 +158,6 @@ def test_a_connection_that_the_server_dropped_is_tried_again():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hiccup) as web:
         threading.Thread(target=web.serve_forever, daemon=True).start()
         generator = Generator(Environment(train=[{}], eval=[], rewards=[]),
-                              f"http://127.0.0.1:{web.server_port}", MultimodalRLConfig(), {})
+                              MultimodalRLConfig(vllm_server_port=web.server_port))
         web.shutdown()
     assert generator.request["model"] == "m" and Hiccup.calls == 2
