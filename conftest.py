@@ -1,7 +1,10 @@
 """What every test file shares: the tiny model, canned rollouts, and one vLLM server per session."""
+import os
 import random
 import socket
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py does, before torch
 
 import pytest
 import torch

@@ -9,7 +9,6 @@ import functools
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -60,17 +59,13 @@ class Server:
         self.gpus, self.log_path, self.process = gpus, log_path, None
 
     def __enter__(self) -> "Server":
-        if self.is_healthy():
-            self.command = ()
+        self.command = () if self.is_healthy() else self.command
         try:
             self.restore()
+            return self
         except BaseException:
             self.stop()
             raise
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.stop()
 
     def restore(self) -> None:
         """Start our own process (anew), or wait until somebody else's answers (again)."""
@@ -81,8 +76,8 @@ class Server:
         while not self.is_healthy():
             waited = time.monotonic() - start
             if self.process and self.process.poll() is not None:
-                lines = self.log_path.read_text(errors="replace").strip().splitlines()
-                errors = " | ".join(([line for line in lines if "rror" in line] or lines)[-3:])
+                log = self.log_path.read_text(errors="replace")
+                errors = " | ".join((re.findall(".*rror.*", log) or log.splitlines())[-3:])
                 raise ValueError(f"vLLM ended with code {self.process.returncode} "
                                  f"({self.log_path}): {errors}")
             if waited > self.timeout:
@@ -112,21 +107,21 @@ class Server:
                                             stdout=log, stderr=log, stdin=subprocess.PIPE,
                                             start_new_session=True)
 
-    def stop(self) -> None:
-        """End our own process with all of its group."""
+    def stop(self, *_) -> None:
+        """End our own process; then the guard ends what is left of its group."""
         if self.process:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(20)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.stdin.close()
             self.process.wait(20)
 
+    __exit__ = stop
+
     def is_healthy(self) -> bool:
-        try:
+        with contextlib.suppress(requests.RequestException):
             return requests.get(f"{self.url}/health", timeout=5).ok
-        except requests.RequestException:
-            return False
+        return False
 
 
 class CheckpointSource:
@@ -163,7 +158,12 @@ class WeightSync:
 
     def __init__(self, url: str, source: CheckpointSource, backend: str, timeout: float):
         self.url, self.source, self.backend, self.timeout = url, source, backend, timeout
-        self.engine = None
+        self.engine, self.asleep = None, False
+
+    def sleep(self) -> None:
+        """Leave the GPU memory of the server to the trainer until send() (vLLM's sleep mode)."""
+        self.call("sleep?level=1")
+        self.asleep = True
 
     def send(self, version: int) -> None:
         """One whole update, checked by weight_version; ServerError if anything of it fails.
@@ -172,6 +172,9 @@ class WeightSync:
         by the image alone, not by the vision tower.
         """
         try:
+            if self.asleep:
+                self.call("wake_up")
+            self.asleep = False
             engine, self.engine = self.engine or self.meet(), None  # after an error: meet again
             self.call("pause?mode=keep")
             engine.send_weights()
@@ -213,11 +216,15 @@ class WeightSync:
             client=client, source=self.source)
 
     def call(self, route: str, body: dict | None = None, method: str = "post", check: bool = True):
-        """One HTTP call. Raises requests.RequestException if there is no answer, or a bad one."""
-        response = requests.request(method, f"{self.url}/{route}", json=body, timeout=self.timeout)
-        if check:
-            response.raise_for_status()
-        return response
+        """One HTTP call. Raises ServerError if there is no answer or, unless told not to, a bad one."""
+        try:
+            response = requests.request(method, f"{self.url}/{route}", json=body,
+                                        timeout=self.timeout)
+            if check:
+                response.raise_for_status()
+            return response
+        except requests.RequestException as error:
+            raise ServerError(str(error)) from error
 
 
 class Gloo:
@@ -248,10 +255,6 @@ class GlooWorker:
 
 if __name__ == "__main__":
     from train import command_line, make_server, mistakes
-    with contextlib.ExitStack() as stack:
-        with mistakes():
-            server = stack.enter_context(make_server(command_line("sync.py")))
-        if not server.process:
-            sys.exit(f"a server is up at {server.url} already")
+    with mistakes(), make_server(command_line("sync.py")) as server:
         print(f"serving at {server.url}; Ctrl-C stops it", flush=True)
-        sys.exit(server.process.wait())
+        sys.exit(server.process.wait() if server.process else "somebody else's server, up already")

@@ -1,6 +1,5 @@
 """Several trainer processes: FSDP2 over gloo under torchrun must be one process, only sharded."""
 import dataclasses
-import json
 import subprocess
 import sys
 
@@ -13,87 +12,89 @@ from test_runs import metrics
 from train import is_whole, served
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-GROUPS = {
-    "a mixture": [([noise(56, 56)], [2, 6, 3]), ([], [4, 1]),
-                  ([noise(84, 84), noise(56, 56, 2)], [5, 3, 2])],
-    "text only": [([], [3, 5, 2]), ([], [1, 4])],
-    "fewer rows than ranks": [([noise(56, 84)], [3, 2])],
+MIXTURE = [([noise(56, 56)], [2, 6, 3]), ([], [4, 1]),
+           ([noise(84, 84), noise(56, 56, 2)], [5, 3, 2])]
+CASES = {  # name -> (groups, options of the trainer)
+    "a mixture": (MIXTURE, {"micro_batch_size": 2, "learning_rate": 1e-4}),
+    "row by row": (MIXTURE, {"share_prompt": False, "max_grad_norm": 0.1, "weight_decay": 0.1}),
+    "checkpointed": (MIXTURE, {"gradient_checkpointing": True}),
+    "frozen": (MIXTURE, {"freeze_vision": True, "share_prompt": True}),
+    "lora": (MIXTURE, {"lora_rank": 4, "learning_rate": 1e-4}),
+    "frozen lora": (MIXTURE, {"lora_rank": 4, "freeze_vision": True, "learning_rate": 1e-4}),
+    "text only": ([([], [3, 5, 2]), ([], [1, 4])], {}),
+    "fewer rows than ranks": ([([noise(56, 84)], [3, 2])], {}),
 }
-STEPS = """
-import json, sys
+THREE_STEPS = """
+import os, sys
 import torch
-from torch import distributed
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-from conftest import make_trainer
+from torch import distributed
+from conftest import canned, make_trainer
+from test_sharded import CASES
 
-if "RANK" in __import__("os").environ:
+found = {{}}
+if "RANK" in os.environ:
     distributed.init_process_group()
-out, options = sys.argv[1], json.loads(sys.argv[2])
-whole = make_trainer(**options)
-outputs = whole.on_lead(lambda: torch.load({path!r}, weights_only=False))
-lines = [whole.update(outputs) for _ in range(3)]
-weights = whole.full_weights()
-if whole.rank == 0:
-    torch.save({{"lines": lines, "weights": weights, "can_share": whole.can_share}}, out)
+for name, (groups, options) in CASES.items():
+    trainer = make_trainer(**options)
+    outputs = torch.load({folder!r} + f"/{{name}}", weights_only=False)
+    lines = [trainer.update(outputs) for _ in range(3)]
+    found[name] = (lines, trainer.full_weights(), trainer.can_share)
+if trainer.rank == 0:
+    torch.save(found, sys.argv[1])
 """
 
 
-def three_steps(tmp_path, name: str, ranks: int, **options) -> dict:
-    """Metrics and final weights of three updates on the same completions."""
-    path, out = tmp_path / "outputs.pt", tmp_path / f"{ranks}.pt"
-    if not path.exists():
-        torch.save(canned(make_trainer(), GROUPS[name]), path)
-    script = tmp_path / "steps.py"
-    script.write_text(STEPS.format(root=str(ROOT), path=str(path)))
-    start = [sys.executable] if ranks == 1 else [*TORCHRUN, str(ranks)]
-    subprocess.run([*start, str(script), str(out), json.dumps(options)], check=True,
-                   timeout=180, cwd=ROOT)
-    return torch.load(out, weights_only=False)
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory) -> tuple[dict, dict]:
+    """Metrics, final weights and can_share of every case, by one process and by two."""
+    folder, found = tmp_path_factory.mktemp("sharded"), []
+    for name, (groups, _) in CASES.items():
+        torch.save(canned(make_trainer(), groups), folder / name)
+    script = folder / "steps.py"
+    script.write_text(THREE_STEPS.format(root=str(ROOT), folder=str(folder)))
+    for start in ([sys.executable], [*TORCHRUN, "2"]):
+        subprocess.run([*start, str(script), str(folder / "found")], check=True, timeout=300)
+        found.append(torch.load(folder / "found", weights_only=False))
+    return tuple(found)
 
 
-@pytest.mark.parametrize("name, options", [
-    ("a mixture", {"micro_batch_size": 2, "learning_rate": 1e-4}),
-    ("a mixture", {"share_prompt": False, "max_grad_norm": 0.1, "weight_decay": 0.1}),
-    ("a mixture", {"gradient_checkpointing": True}),
-    ("a mixture", {"freeze_vision": True, "share_prompt": True}),
-    ("a mixture", {"lora_rank": 4, "learning_rate": 1e-4}),
-    ("text only", {}), ("fewer rows than ranks", {}),
-])
-def test_two_ranks_take_the_steps_of_one(tmp_path, name, options):
-    one, two = (three_steps(tmp_path, name, ranks, **options) for ranks in (1, 2))
-    assert one["can_share"] == two["can_share"]
-    for a, b in zip(one["lines"], two["lines"]):
-        for key in ("loss", "grad_norm", "ir", "kl", "ent", "tokens", "reward"):
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_take_the_steps_of_one(three_steps, name):
+    (one_lines, one, can_share), (two_lines, two, can_share_too) = (f[name] for f in three_steps)
+    assert can_share == can_share_too
+    for a, b in zip(one_lines, two_lines, strict=True):
+        for key in ("loss", "grad_norm", "ir", "kl", "ent", "tokens", "reward", "shared_fraction"):
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key
-    assert one["weights"].keys() == two["weights"].keys()
-    for key, weight in one["weights"].items():
-        assert (weight - two["weights"][key]).abs().max() < 1e-5, key
+    start = make_trainer(**CASES[name][1]).full_weights()
+    assert one.keys() == two.keys() == start.keys()
+    assert all((one[key] - two[key]).abs().max() < 1e-5 for key in one)
+    changed = {key for key in one if not torch.equal(one[key], start[key])}
+    assert changed and any(".visual." in key for key in changed) == (
+        "frozen" not in name and name != "text only")
 
 
 def test_two_ranks_train_against_a_real_server_and_go_on_as_one(server, tmp_path):
-    """train.py starts torchrun by itself; its checkpoint is resumed by one process, and by two."""
+    """train.py starts torchrun by itself; its checkpoint is resumed by one process, then by two."""
     config = dataclasses.replace(server, output_dir=str(tmp_path), eval_every_steps=2)
     options = dict(save_every_steps=2, learning_rate=1e-4, warmup_steps=3)
-    for name, steps in (("one", [(1, 4)]), ("two", [(2, 4)]), ("changing", [(2, 2), (1, 3), (2, 4)])):
+    for name, steps in (("one", [(1, 4)]), ("changing", [(2, 2), (1, 3), (2, 4)])):
         for ranks, end in steps:
             words = {**options, "trainer.gpus": ranks, "run_name": name, "max_steps": end}
             subprocess.run(command(config, resume="true", **words), cwd=ROOT, check=True,
                            timeout=180)
-    one, two, changing = (metrics(dataclasses.replace(config, run_name=name))
-                          for name in ("one", "two", "changing"))
-    assert [line["step"] for line in one] == [line["step"] for line in two] == [
+    one, other = (metrics(dataclasses.replace(config, run_name=name))
+                  for name in ("one", "changing"))
+    assert [line["step"] for line in other] == [line["step"] for line in one] == [
         0, 1, 2, 2, 3, 4, 4]
-    for line in two:
-        assert line.get("kl", 0) < 1e-6  # the gathered weights are the ones that the server has
-    for lines in (two, changing):
-        for key in ("reward", "loss", "grad_norm", "lr"):
-            assert [x[key] for x in lines if key in x] == pytest.approx(
-                [x[key] for x in one if key in x], rel=1e-3, abs=1e-5), key
-    for name in ("two", "changing"):
-        assert is_whole(tmp_path / name / "checkpoint-4")
-        for p, q in zip(*(make_trainer(str(tmp_path / run / "checkpoint-4")).model.parameters()
-                          for run in ("one", name))):
-            assert (p - q).abs().max() < 1e-5
+    assert all(line.get("kl", 0) < 1e-6 for line in other)  # the server has the gathered weights
+    for key in ("reward", "loss", "grad_norm", "lr"):
+        assert [line[key] for line in other if key in line] == pytest.approx(
+            [line[key] for line in one if key in line], rel=1e-3, abs=1e-5), key
+    paths = [tmp_path / name / "checkpoint-4" for name in ("one", "changing")]
+    assert all(map(is_whole, paths))
+    models = [make_trainer(str(path)).model.parameters() for path in paths]
+    assert all((p - q).abs().max() < 1e-5 for p, q in zip(*models, strict=True))
 
 
 def test_lora_leaves_the_base_alone_and_the_server_gets_the_sum(server, tmp_path):

@@ -1,0 +1,99 @@
+"""The GPU layouts, as far as they run without one: configs, flags and handshakes of vLLM's own."""
+import dataclasses
+import sys
+from types import SimpleNamespace
+
+import pytest
+import requests
+import torch
+
+import sync
+from conftest import ROOT, make_trainer
+from train import MultimodalRLConfig, load_config, make_server, start_ranks
+
+LAYOUTS = {  # config file -> (backend, flags of the server, GPUs of the server)
+    "config.toml": ("gloo", {"tensor_parallel_size": 1, "dtype": "float32"}, 0),
+    "configs/qwen2-vl-2b-shared-gpu.toml": ("ipc", {"enable_sleep_mode": True}, 1),
+    "configs/qwen2-vl-7b.toml": ("nccl", {"tensor_parallel_size": 1}, 1),
+    "configs/qwen2-vl-7b-node.toml": ("nccl", {"data_parallel_size": 4}, 4),
+    "configs/qwen2-vl-72b-nodes.toml": ("nccl", {"tensor_parallel_size": 8, "host": "0.0.0.0"}, 8),
+}
+
+
+def test_every_config_file_is_a_layout():
+    assert {"config.toml"} | {f"configs/{p.name}" for p in (ROOT / "configs").iterdir()} == {
+        *LAYOUTS}
+
+
+@pytest.mark.parametrize("path", LAYOUTS)
+def test_the_layout_decides_backend_and_flags_and_vllm_understands_them(path, monkeypatch):
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    backend, flags, gpus = LAYOUTS[path]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: path != "config.toml")
+    config = load_config(str(ROOT / path), ["vllm_server_host=127.0.0.1"])
+    server = make_server(config)
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(server.command[3:])
+    assert config.backend == backend and server.gpus == gpus
+    assert parsed.weight_transfer_config.backend == ("ipc" if backend == "ipc" else "nccl")
+    assert {name: getattr(parsed, name) for name in flags} == flags
+    assert parsed.logprobs_mode == "processed_logprobs" and parsed.limit_mm_per_prompt
+
+
+def test_the_routes_that_are_called_exist(server):
+    paths = requests.get(f"{server.url}/openapi.json", timeout=10).json()["paths"]
+    for route in ("/sleep", "/wake_up", "/pause", "/resume", "/weight_info", "/get_world_size",
+                  "/update_weight_version", "/reset_encoder_cache", "/reset_mm_cache",
+                  "/shutdown_weight_transfer_engine", "/start_weight_update", "/update_weights"):
+        assert route in paths
+
+
+def test_a_server_that_sleeps_is_woken_by_the_next_weights(monkeypatch):
+    trainer, calls = make_trainer(), []
+
+    def call(self, route, body=None, method="post", check=True):
+        calls.append(route)
+        return SimpleNamespace(json=lambda: {"weight_version": "3"})
+
+    monkeypatch.setattr(sync.WeightSync, "call", call)
+    trainer.weights.engine = SimpleNamespace(send_weights=lambda: calls.append("weights"))
+    trainer.weights.sleep()
+    trainer.weights.send(3)
+    assert calls[:4] == ["sleep?level=1", "wake_up", "pause?mode=keep", "weights"]
+    trainer.weights.send(3)
+    assert calls.count("wake_up") == 1
+    with pytest.raises(ValueError, match="enable_sleep_mode needs async_steps = 0"):
+        MultimodalRLConfig(inference_args={"enable_sleep_mode": True})
+
+
+def test_ipc_meets_vllms_own_worker_engine(monkeypatch):
+    """Handshake only: the handles of the tensors themselves need a GPU."""
+    from vllm.config.weight_transfer import WeightTransferConfig
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory, clients
+    trainer = make_trainer()
+    worker = WeightTransferEngineFactory.create_engine(
+        WeightTransferConfig(backend="ipc"), SimpleNamespace(parallel_config=None,
+                                                             model_config=None),
+        torch.device("cpu"), trainer.model)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="0"))
+    monkeypatch.setattr(clients.HTTPVLLMWeightSyncClient, "init_weight_transfer_engine",
+                        lambda self, info: worker.init_transfer_engine(
+                            worker.parse_init_info(info)))
+    monkeypatch.setattr(sync.WeightSync, "call", lambda *_, **__: SimpleNamespace(ok=True))
+    trainer.weights.backend = "ipc"
+    engine = trainer.weights.meet()
+    assert engine.packed and worker.packed and engine.source is trainer.source
+    assert [m.name for m in engine.source.metadata()] == [name for name, _ in trainer.source]
+
+
+def test_several_trainer_gpus_become_torchrun(monkeypatch):
+    started = []
+    monkeypatch.setattr("os.execv", lambda path, words: started.append(words))
+    monkeypatch.setattr(sys, "argv", ["train.py", "@", "config.toml", "max_steps=3"])
+    config = load_config(str(ROOT / "config.toml"))
+    start_ranks(config)
+    assert not started
+    start_ranks(dataclasses.replace(config, trainer_gpus=4))
+    assert started == [[sys.executable, "-m", "torch.distributed.run", "--standalone",
+                        "--nproc-per-node=4", "train.py", "@", "config.toml", "max_steps=3"]]
