@@ -13,8 +13,7 @@ from adapter import MultimodalAdapter
 from batch import MultimodalBatch
 from conftest import ROOT, TINY, canned, gradients, make_trainer, noise, relative_difference
 from loss import group_advantages, grpo_loss, token_logprobs
-from rollout import (Environment, GenerateOutputs, load_environment, load_image, png_data_uri,
-                     render_prompt)
+from rollout import GenerateOutputs, load_image, png_data_uri, render_prompt
 from train import MultimodalGRPOTrainer, MultimodalRLConfig, load_config, served
 
 USERS_CONFIG = """
@@ -202,11 +201,10 @@ def test_prompts_are_shared_by_default_and_dead_groups_are_not_forwarded():
     metrics = trainer.update(outputs)
     assert metrics["shared_fraction"] == 0.5 and metrics["zero_advantage_groups"] == 0.5
     assert metrics["tokens"] == 24  # N still counts them
-    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     outputs.reward[:] = [1.0] * 8
     metrics = trainer.update(outputs)
     assert metrics["loss"] == 0 and metrics["grad_norm"] == 0 and metrics["kl"] > 0
-    assert all(p.isfinite().all() for p in trainer.model.parameters()) and before
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
 # ---- adapter.py
@@ -219,39 +217,6 @@ def test_the_end_token_is_trained_also_when_it_is_the_padding():
     prompt = len(outputs.prompt_ids[0])
     assert built.loss_mask[0].tolist() == [0] * prompt + [1, 1, 1, 0, 0]
     assert built.attention_mask[0].tolist() == [1] * (prompt + 3) + [0, 0]
-
-
-def test_a_changed_pixel_changes_the_logprobs():
-    trainer, found = make_trainer(), []
-    for color in (0, 255):
-        image = noise(56, 56)
-        image.paste(color, (20, 20, 30, 30))
-        built = trainer.build_batch(canned(trainer, [([image], [4, 4])]))
-        with torch.no_grad():
-            found.append(trainer.logprobs(built, False)[0])
-    assert (found[0] - found[1]).abs().max() > 1e-3
-
-
-def test_a_sampled_image_token_does_no_harm():
-    trainer = make_trainer(micro_batch_size=8)
-    outputs = canned(trainer, [([noise(56, 56)], [4, 4]), ([], [4, 4])])
-    image_token = trainer.model.config.image_token_id
-    assert image_token in trainer.banned
-    for share in (False, True):
-        outputs.completion_ids[0][1] = outputs.completion_ids[2][0] = image_token
-        built = trainer.build_batch(outputs)
-        assert built.loss_mask.sum(1).tolist() == [1, 4, 0, 4]
-        trainer.can_share = share
-        assert math.isfinite(trainer.update(outputs)["loss"])
-
-
-def test_a_prompt_that_the_server_read_differently_is_refused():
-    trainer = make_trainer()
-    outputs = canned(trainer, [([noise(56, 56)], [4, 4])])
-    wrong = outputs.prompt_ids[0][:5] + [9] + outputs.prompt_ids[0][6:]
-    outputs.prompt_ids = [wrong, wrong]
-    with pytest.raises(ValueError, match="example 0: from token 5 on.*pixel limits"):
-        trainer.build_batch(outputs)
 
 
 def test_a_custom_adapter_needs_build_batch_alone():
@@ -300,14 +265,6 @@ def test_messages_become_openai_parts_in_order():
     assert [i.size for i in images] == [(28, 28), (28, 56)] and messages[0]["content"] == "Look."
     assert [p["type"] for p in messages[1]["content"]] == ["image_url", "text", "image_url"]
     assert messages[1]["content"][2]["image_url"]["url"] == png_data_uri(b)
-
-
-def test_a_missing_environment_says_where_it_looked():
-    assert isinstance(load_environment("colors", {"num_train": 3}), Environment)
-    with pytest.raises(ValueError, match=r"no-such-env.*module 'no_such_env'.*envs/no_such_env.py"):
-        load_environment("no-such-env", {})
-    with pytest.raises(ValueError, match="'colors'.*unexpected keyword argument 'num_trian'"):
-        load_environment("colors", {"num_trian": 3})
 
 
 def test_outputs_answer_to_attributes_and_keys():

@@ -114,3 +114,43 @@ def test_lora_leaves_the_base_alone_and_the_server_gets_the_sum(server, tmp_path
         resumed.train()
     assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(),
                                                  resumed.model.parameters()))
+
+
+FAILS = """
+import sys
+sys.path[:0] = [{root!r}]
+from train import load_config, served, start_ranks
+
+start_ranks(config := load_config("config.toml", sys.argv[2:]))
+with served(config) as trainer:
+    update = trainer.update
+
+    def fragile(outputs):
+        if trainer.step == 2 and trainer.rank == 1:
+            raise OSError("this rank is gone")
+        return update(outputs)
+
+    def judge(completion, answer, **info):
+        if trainer.step == 2:
+            raise OSError("the judge is gone")
+        return 1.0
+
+    if sys.argv[1] == "a rank":
+        trainer.update = fragile
+    elif trainer.rank == 0:
+        trainer.environment.rewards[:] = [judge] * len(trainer.environment.rewards)
+    trainer.train()
+"""
+
+
+@pytest.mark.parametrize("what, saved", [("a rank", False), ("the judge", True)])
+def test_an_error_of_one_rank_or_of_all_ends_the_run(server, tmp_path, what, saved):
+    """With a checkpoint if all ranks had it; that of one rank must not leave the others waiting."""
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS.format(root=str(ROOT)))
+    words = command(dataclasses.replace(server, output_dir=str(tmp_path)))[4:]
+    run = subprocess.run([*TORCHRUN, "2", str(script), what, *words], cwd=ROOT, timeout=120,
+                         capture_output=True, text=True)
+    assert run.returncode == 1 and f"{what.replace('a rank', 'this rank')} is gone" in run.stderr
+    checkpoint = tmp_path / "colors" / "checkpoint-2"
+    assert is_whole(checkpoint) if saved else not checkpoint.exists()

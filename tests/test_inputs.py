@@ -1,0 +1,49 @@
+"""Environments, prompts, pixels and sampled tokens on their way into a batch."""
+import math
+
+import pytest
+import torch
+
+from conftest import canned, make_trainer, noise
+from rollout import Environment, load_environment
+
+
+def test_a_changed_pixel_changes_the_logprobs():
+    trainer, found = make_trainer(), []
+    for color in (0, 255):
+        image = noise(56, 56)
+        image.paste(color, (20, 20, 30, 30))
+        built = trainer.build_batch(canned(trainer, [([image], [4, 4])]))
+        with torch.no_grad():
+            found.append(trainer.logprobs(built, False)[0])
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+def test_a_sampled_image_token_does_no_harm():
+    trainer = make_trainer(micro_batch_size=8)
+    outputs = canned(trainer, [([noise(56, 56)], [4, 4]), ([], [4, 4])])
+    image_token = trainer.model.config.image_token_id
+    assert image_token in trainer.banned
+    for share in (False, True):
+        outputs.completion_ids[0][1] = outputs.completion_ids[2][0] = image_token
+        built = trainer.build_batch(outputs)
+        assert built.loss_mask.sum(1).tolist() == [1, 4, 0, 4]
+        trainer.can_share = share
+        assert math.isfinite(trainer.update(outputs)["loss"])
+
+
+def test_a_prompt_that_the_server_read_differently_is_refused():
+    trainer = make_trainer()
+    outputs = canned(trainer, [([noise(56, 56)], [4, 4])])
+    wrong = outputs.prompt_ids[0][:5] + [9] + outputs.prompt_ids[0][6:]
+    outputs.prompt_ids = [wrong, wrong]
+    with pytest.raises(ValueError, match="example 0: from token 5 on.*pixel limits"):
+        trainer.build_batch(outputs)
+
+
+def test_a_missing_environment_says_where_it_looked():
+    assert isinstance(load_environment("colors", {"num_train": 3}), Environment)
+    with pytest.raises(ValueError, match=r"no-such-env.*module 'no_such_env'.*envs/no_such_env.py"):
+        load_environment("no-such-env", {})
+    with pytest.raises(ValueError, match="'colors'.*unexpected keyword argument 'num_trian'"):
+        load_environment("colors", {"num_trian": 3})
