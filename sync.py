@@ -200,7 +200,8 @@ class WeightSync:
             self.call("shutdown_weight_transfer_engine")
         if self.backend == "ipc":
             return ipc_engine.IPCTrainerWeightTransferEngine.trainer_init(
-                ipc_engine.IPCTrainerInitInfo(packed=True), client=client, source=self.source)
+                ipc_engine.IPCTrainerInitInfo(rank=0, packed=True),
+                client=client, source=self.source)
         server = urlsplit(self.url)
         with socket.create_connection((server.hostname, server.port), self.timeout) as connection:
             address = connection.getsockname()[0]  # ours, as the server can reach it
@@ -216,7 +217,7 @@ class WeightSync:
             client=client, source=self.source)
 
     def call(self, route: str, body: dict | None = None, method: str = "post", check: bool = True):
-        """One HTTP call. Raises ServerError if there is no answer or, unless told not to, a bad one."""
+        """One HTTP call. ServerError if there is no answer or, unless told not to, a bad one."""
         try:
             response = requests.request(method, f"{self.url}/{route}", json=body,
                                         timeout=self.timeout)

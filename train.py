@@ -439,13 +439,13 @@ class MultimodalGRPOTrainer:
         sums, norm = self.total(sums), self.clip_gradients(config.max_grad_norm)
         lr = config.learning_rate * min(1.0, (self.step + 1) / max(1, config.warmup_steps))
         self.optimizer.param_groups[0]["lr"] = lr
-        self.step += 1
         if finite := math.isfinite(sums["loss"] + norm):
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if not finite:
             self.on_lead(lambda: self.dump(batch))
+        self.step += 1
         if config.sync_to_vllm_every and self.step % config.sync_to_vllm_every == 0:
             self.source.weights = self.full_weights()
         means = {name: sums[name] / max(sums["tokens"], 1)
@@ -472,10 +472,10 @@ class MultimodalGRPOTrainer:
 
     def dump(self, batch: MultimodalBatch) -> None:
         """Write a batch without finite loss or gradient, as torch.load(weights_only=True) reads."""
-        path = self.run_dir / f"bad-batch-{self.step}.pt"
+        path = self.run_dir / f"bad-batch-{self.step + 1}.pt"
         self.run_dir.mkdir(parents=True, exist_ok=True)
         torch.save(vars(batch), path)
-        tqdm.write(message := f"step {self.step}: loss or gradient is not finite; see {path}")
+        tqdm.write(message := f"step {self.step + 1}: loss or gradient is not finite; see {path}")
         if self.bad_steps == ATTEMPTS:
             raise RuntimeError(f"{message}. In a row: {ATTEMPTS}. Lower learning_rate, or look for "
                                "pixels or tokens that this model cannot compute")
@@ -529,8 +529,8 @@ class MultimodalGRPOTrainer:
                    "{max:.1e} at most, {mean:.1e} in the mean; KL {kl:.1e}".format(**found))
         served = self.on_lead(lambda: self.generator is not None)
         if served and self.config.sync_to_vllm_every and found["mean"] > mean_exact:
-            self.common_error = RuntimeError(f"{said}. These are different policies: {CAUSES}; or "
-                                             "vLLM does not compute this model as transformers does")
+            self.common_error = RuntimeError(f"{said}. These are different policies: {CAUSES}; "
+                                             "or vLLM computes this model in another way")
             raise self.common_error
         return found
 

@@ -27,7 +27,7 @@ def test_every_config_file_is_a_layout():
 
 @pytest.mark.parametrize("path", LAYOUTS)
 def test_the_layout_decides_backend_and_flags_and_vllm_understands_them(path, monkeypatch):
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     backend, flags, gpus = LAYOUTS[path]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: path != "config.toml")
