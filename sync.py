@@ -81,8 +81,8 @@ class Server:
                 raise ValueError(f"vLLM ended with code {self.process.returncode} "
                                  f"({self.log_path}): {errors}")
             if waited > self.timeout:
-                raise TimeoutError(f"no vLLM server at {self.url} in vllm_server_timeout = "
-                                   f"{self.timeout:.0f} s; start one: `python sync.py @ CONFIG`")
+                raise TimeoutError(f"no vLLM server at {self.url} after {waited:.0f} s (see vllm_"
+                                   "server_timeout); start one: `python sync.py @ CONFIG`")
             if int(waited) % 5 == 0:
                 print(f"waiting for the vLLM server at {self.url} ({waited:.0f} s)", flush=True)
             time.sleep(1)
@@ -97,7 +97,8 @@ class Server:
                              "healthy vLLM server; choose another port") from error
         env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ,
                "VLLM_SERVER_DEV_MODE": "1",  # the RL routes
-               "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # of handles to weights on the same GPU
+               # of handles to weights on the same GPU
+               "VLLM_ALLOW_INSECURE_SERIALIZATION": str(int('{"backend": "ipc"}' in self.command)),
                "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
         if self.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(self.gpus)))

@@ -330,7 +330,7 @@ class MultimodalGRPOTrainer:
         """End train() after the step at hand, with a checkpoint; the second time: exit at once."""
         if self.stopping and self.world == 1:  # torchrun sends a second one by itself
             sys.exit(128 + number)
-        self.stopping = number
+        self.stopping, self.server.timeout = number, 0  # nor wait for a server any longer
 
     def on_lead(self, action):
         """action() on rank 0; every rank gets its result, or its exception."""

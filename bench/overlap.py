@@ -1,12 +1,14 @@
 """Rollouts ahead of the trainer: `python bench/overlap.py`, the default run with a slow server.
 
-A proxy before the vLLM server holds every completion request back, for as long as makes the
-rollouts of a step take as long as its training (measured first, without the proxy). Then the
-default run with async_steps = 0 and 1, in turns, for three seeds; with micro_batch_size = 4, for
-training must take long enough to hide something behind it. Writes results/overlap.jsonl, a line
-per run: mean wall seconds per step (rollouts, training, sync), held-out accuracy.
+A proxy before the vLLM server lets the requests of a step pass one by one, evenly over as many
+seconds as that step trains for: rollouts take as long as training, and no less if those of two
+steps are under way. How long each step trains is measured first, without the proxy. Then come runs
+with async_steps = 0 and 1, in turns, for three seeds; with micro_batch_size = 1, for training must
+take long enough to hide something behind it. Writes results/overlap.jsonl, a line per run: mean
+wall seconds per step (rollouts, training, sync), held-out accuracy; prints the table for the README.
 """
 import http.server
+import itertools
 import json
 import statistics
 import subprocess
@@ -27,14 +29,17 @@ SEEDS = (0, 1, 2)
 
 
 class Slow(http.server.BaseHTTPRequestHandler):
-    """Passes every request on to Slow.url; completions after Slow.delay seconds."""
-    protocol_version, url, delay = "HTTP/1.1", "", 0.0
-    local = threading.local()
+    """Passes every request on to Slow.url; those of training in their turn."""
+    protocol_version, url = "HTTP/1.1", ""
+    lock, free, turns = threading.Lock(), 0.0, iter(())
 
     def do_GET(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.path.startswith("/v1/chat"):
-            time.sleep(Slow.delay)
+        if b'"n": 16' in body:  # not an evaluation
+            with Slow.lock:
+                Slow.free = max(Slow.free, time.monotonic()) + next(Slow.turns, 0)
+                mine = Slow.free
+            time.sleep(max(0.0, mine - time.monotonic()))
         reply = requests.request(self.command, Slow.url + self.path, data=body, timeout=600,
                                  headers={"Content-Type": "application/json"})
         self.send_response(reply.status_code)
@@ -53,13 +58,10 @@ def run(folder: str, port: int, **options) -> list[dict]:
     """metrics.jsonl of the default run against the server at this port."""
     words = [f"{key}={value}" for key, value in options.items()]
     subprocess.run([sys.executable, "train.py", "@", "config.toml", f"vllm_server_port={port}",
-                    f"output_dir={folder}", "micro_batch_size=4", *words], cwd=ROOT, check=True, timeout=1200)
+                    f"output_dir={folder}", "micro_batch_size=1", *words], cwd=ROOT, check=True,
+                   timeout=1800)
     path = Path(folder, options["run_name"], "metrics.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def seconds(lines: list[dict], part: str) -> list[float]:
-    return [line[f"seconds_{part}"] for line in lines if "loss" in line][2:]  # warm
 
 
 def main() -> None:
@@ -69,24 +71,28 @@ def main() -> None:
         config = load_config(str(ROOT / "config.toml"), [f"output_dir={folder}"])
         with make_server(config):
             Slow.url = config.url
-            lines = run(folder, config.vllm_server_port, run_name="alone", max_steps=12)
-            Slow.delay = max(0.0, statistics.median(seconds(lines, "train"))
-                             - statistics.median(seconds(lines, "rollout")))
-            for seed in SEEDS:
-                for ahead in (0, 1):
-                    lines = run(folder, proxy.server_port, run_name=f"{seed}-{ahead}", seed=seed,
-                                async_steps=ahead)
-                    parts = {part: statistics.mean(seconds(lines, part))
-                             for part in ("rollout", "train", "sync")}
-                    record = {"seed": seed, "async_steps": ahead, "delay": round(Slow.delay, 3),
-                              "seconds_per_step": round(sum(parts.values()), 3),
-                              **{f"seconds_{k}": round(v, 3) for k, v in parts.items()},
-                              "accuracy": [line["eval/accuracy"] for line in lines
-                                           if "eval/accuracy" in line]}
-                    print(record, flush=True)
-                    out.write(json.dumps(record) + "\n")
-                    out.flush()
+            lines = run(folder, config.vllm_server_port, run_name="alone", eval_every_steps=0)
+            turns = [line["seconds_train"] / 16 for line in lines for _ in range(16)]
+            for seed, ahead in itertools.product(SEEDS, (0, 1)):
+                Slow.turns = iter(turns)
+                lines = run(folder, proxy.server_port, run_name=f"{seed}-{ahead}", seed=seed,
+                            async_steps=ahead)
+                steps = [line for line in lines if "loss" in line]
+                parts = {f"seconds_{part}": statistics.mean(s[f"seconds_{part}"] for s in steps)
+                         for part in ("rollout", "train", "sync")}
+                record = {"seed": seed, "async_steps": ahead,
+                          "seconds_per_step": round(sum(parts.values()), 3),
+                          **{name: round(value, 3) for name, value in parts.items()},
+                          "accuracy": [line["eval/accuracy"] for line in lines
+                                       if "eval/accuracy" in line]}
+                out.write(json.dumps(record) + "\n")
+                out.flush()
         proxy.shutdown()
+    found = [json.loads(line) for line in (ROOT / "results/overlap.jsonl").open()]
+    for now, ahead in zip(found[::2], found[1::2], strict=True):
+        print(f"| {now['seed']} | {now['seconds_per_step']:.2f} s | {ahead['seconds_per_step']:.2f}"
+              f" s | {ahead['seconds_per_step'] / now['seconds_per_step']:.2f} "
+              f"| {now['accuracy'][-1]:.3f} | {ahead['accuracy'][-1]:.3f} |")
 
 
 if __name__ == "__main__":

@@ -270,15 +270,19 @@ def own_server(server):
         yield victim
 
 
-def test_a_server_that_never_comes_back_ends_the_run_with_a_checkpoint(server, tmp_path):
+@pytest.mark.parametrize("patience", [3, 600])
+def test_a_server_that_never_comes_back_ends_the_run_with_a_checkpoint(server, tmp_path, patience):
+    """After vllm_server_timeout, or when the run is told to stop."""
     port = free_port()
-    config = dataclasses.replace(server, output_dir=str(tmp_path), vllm_server_timeout=3)
+    config = dataclasses.replace(server, output_dir=str(tmp_path), vllm_server_timeout=patience)
     with served(config) as trainer:
         def leave(*_):
             trainer.server.url = trainer.generator.url = f"http://127.0.0.1:{port}"
+            if patience == 600:
+                threading.Timer(15, trainer.stop).start()
         trainer.log = lambda *_: leave() if trainer.step == 2 else None
-        with pytest.raises(TimeoutError, match=f"no vLLM server at http://127.0.0.1:{port} in "
-                                               "vllm_server_timeout = 3 s; start one"):
+        with pytest.raises(TimeoutError, match=f"no vLLM server at http://127.0.0.1:{port} after "
+                                               ".* s .see vllm_server_timeout.; start one"):
             trainer.train()
     assert is_whole(tmp_path / "colors" / "checkpoint-2")
 

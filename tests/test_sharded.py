@@ -1,12 +1,13 @@
 """Several trainer processes: FSDP2 over gloo under torchrun must be one process, only sharded."""
 import dataclasses
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from conftest import ROOT, canned, make_trainer, noise
+from conftest import ROOT, canned, free_port, make_trainer, noise
 from test_faults import command
 from test_runs import metrics
 from train import is_whole, served
@@ -95,6 +96,19 @@ def test_two_ranks_train_against_a_real_server_and_go_on_as_one(server, tmp_path
     assert all(map(is_whole, paths))
     models = [make_trainer(str(path)).model.parameters() for path in paths]
     assert all((p - q).abs().max() < 1e-5 for p, q in zip(*models, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["tensor", "data"])
+def test_two_ranks_train_against_two_inference_workers(server, tmp_path, parallel):
+    """n + m: train.py's own server, of which every worker gets the gathered weights."""
+    config = dataclasses.replace(server, output_dir=str(tmp_path), vllm_server_port=free_port())
+    subprocess.run(command(config, max_steps=3, learning_rate=1e-3, **{
+        "trainer.gpus": 2, f"inference.args.{parallel}_parallel_size": 2}), cwd=ROOT, check=True,
+        timeout=400, env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+    lines = metrics(config)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line["kl"] < 1e-6 for line in lines)
 
 
 def test_lora_leaves_the_base_alone_and_the_server_gets_the_sum(server, tmp_path):
