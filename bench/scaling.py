@@ -114,7 +114,8 @@ def plan(model: Model, gpus: int, how: str) -> dict[str, float] | None:
 def planned() -> list[str]:
     lines = ["| parameters (1e9) | GPUs: server + trainer | trained | trainer: state + "
              "activations, GB | server: weights, GB | trained tokens/s per trainer GPU | "
-             "sampled tokens/s per server GPU | sync, s | train / rollout / step, s |", "|---|---|---|---|---|---|---|---|---|"]
+             "sampled tokens/s per server GPU | sync, s | train / rollout / step, s |",
+             "|---|---|---|---|---|---|---|---|---|"]
     for name in SHAPES:
         model = published(name)
         for gpus in (2, 8, 64):
