@@ -75,15 +75,20 @@ def test_two_ranks_take_the_steps_of_one(three_steps, name):
         "frozen" not in name and name != "text only")
 
 
+@pytest.mark.slow
 def test_two_ranks_train_against_a_real_server_and_go_on_as_one(server, tmp_path):
-    """train.py starts torchrun by itself; its checkpoint is resumed by one process, then by two."""
+    """train.py starts torchrun by itself; its checkpoint is resumed by one process, then by two.
+
+    The last part is n + m: on a server of train.py's own, with two data-parallel workers.
+    """
     config = dataclasses.replace(server, output_dir=str(tmp_path), eval_every_steps=2)
     options = dict(save_every_steps=2, learning_rate=1e-4, warmup_steps=3)
-    for name, steps in (("one", [(1, 4)]), ("changing", [(2, 2), (1, 3), (2, 4)])):
-        for ranks, end in steps:
-            words = {**options, "trainer.gpus": ranks, "run_name": name, "max_steps": end}
-            subprocess.run(command(config, resume="true", **words), cwd=ROOT, check=True,
-                           timeout=180)
+    own = {"vllm_server_port": free_port(), "inference.args.data_parallel_size": 2}
+    for name, ranks, end, more in (("one", 1, 4, {}), ("changing", 2, 2, {}),
+                                   ("changing", 1, 3, {}), ("changing", 2, 4, own)):
+        words = {**options, "trainer.gpus": ranks, "run_name": name, "max_steps": end, **more}
+        subprocess.run(command(config, resume="true", **words), cwd=ROOT, check=True, timeout=400,
+                       env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"})
     one, other = (metrics(dataclasses.replace(config, run_name=name))
                   for name in ("one", "changing"))
     assert [line["step"] for line in other] == [line["step"] for line in one] == [
@@ -96,19 +101,6 @@ def test_two_ranks_train_against_a_real_server_and_go_on_as_one(server, tmp_path
     assert all(map(is_whole, paths))
     models = [make_trainer(str(path)).model.parameters() for path in paths]
     assert all((p - q).abs().max() < 1e-5 for p, q in zip(*models, strict=True))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["tensor", "data"])
-def test_two_ranks_train_against_two_inference_workers(server, tmp_path, parallel):
-    """n + m: train.py's own server, of which every worker gets the gathered weights."""
-    config = dataclasses.replace(server, output_dir=str(tmp_path), vllm_server_port=free_port())
-    subprocess.run(command(config, max_steps=3, learning_rate=1e-3, **{
-        "trainer.gpus": 2, f"inference.args.{parallel}_parallel_size": 2}), cwd=ROOT, check=True,
-        timeout=400, env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"})
-    lines = metrics(config)
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    assert all(line["kl"] < 1e-6 for line in lines)
 
 
 def test_lora_leaves_the_base_alone_and_the_server_gets_the_sum(server, tmp_path):
