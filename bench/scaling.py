@@ -8,6 +8,7 @@ assumptions by your own measurements and run this again.
 import json
 import statistics
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +137,16 @@ def planned() -> list[str]:
     return lines
 
 
+def product_rate(size: int = 2048) -> float:
+    """Flops per second of a plain fp32 matrix product on this machine, the best of ten."""
+    a, seconds = torch.randn(size, size), []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
 def measured() -> list[str]:
     """The work of the steps of bench/step.py, by the same formula, and how fast it was done."""
     shape = MODELS["tiny"]
@@ -154,7 +165,7 @@ def measured() -> list[str]:
         seconds = statistics.median(record["seconds"])
         lines.append(f"| {record['workload']} | {record['side']} | {flops / 1e12:.2f} | "
                      f"{seconds:.1f} | {flops / seconds / 1e9:.0f} |")
-    return lines
+    return [*lines, f"| a plain product of matrices | | | | {product_rate() / 1e9:.0f} |"]
 
 
 def main() -> None:
