@@ -49,13 +49,14 @@ class MultimodalBatch:
         for key, tensor in self.image_tensors().items():
             own = [1] * len(self) if len(tensor) == len(self) else patches
             if sum(self.image_rows.setdefault(key, own)) != len(tensor):
-                raise ValueError(f"{key} has {len(tensor)} entries: image_rows must add up to that")
+                raise ValueError(f"{key} has {len(tensor)} entries: image_rows must add up to it")
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def token_tensors(self) -> dict[str, Tensor]:
-        return {k: v for k, v in self.extra_model_kwargs.items() if v.shape == self.input_ids.shape}
+        shape = self.input_ids.shape
+        return {k: v for k, v in self.extra_model_kwargs.items() if v.shape == shape}
 
     def image_tensors(self) -> dict[str, Tensor]:
         every = {"pixel_values": self.pixel_values, **self.extra_model_kwargs}

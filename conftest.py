@@ -13,7 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from adapter import MultimodalAdapter
 from rollout import GenerateOutputs, Rollout
-from train import MultimodalGRPOTrainer, MultimodalRLConfig, load_config, make_server
+from sync import Server
+from train import MultimodalGRPOTrainer, MultimodalRLConfig, load_config
 
 ROOT = Path(__file__).parent
 TINY = str(ROOT / "models" / "tiny-qwen2-vl")
@@ -92,7 +93,7 @@ def server(tmp_path_factory):
     config = load_config(str(ROOT / "config.toml"), [
         f"model={TINY}", f"output_dir={out}", f"vllm_server_port={free_port()}",
         "eval_every_steps=0", "batch_size=32", "rollouts_per_step=4", "micro_batch_size=16"])
-    with make_server(config):
+    with Server(config):
         yield config
 
 

@@ -15,7 +15,7 @@ MAX_LOG_RATIO = 20.0  # exp(20) is outside of any mask; far beyond it fp32 overf
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, divide_by_std: bool = False) -> Tensor:
-    """A_i = r_i - mean(r of the group), optionally over its std; (B,), equal groups[i] are a group.
+    """A_i = r_i - mean(r of the group), optionally over its std; (B,). Equal groups[i]: a group.
 
     Equal rewards give 0 exactly, in spite of rounding.
     """
@@ -33,9 +33,9 @@ def token_logprobs(hidden: Tensor, targets: Tensor, head, temperature: float,
                    banned: list[int] = (), max_logits: int = 2**24) -> tuple[Tensor, Tensor]:
     """log p(target) and the entropy of p = softmax(head(hidden) / temperature), fp32, both (N,).
 
-    hidden: (N, H) states that predict the targets (N,); head: (n, H) -> (n, V). banned ids get -100
-    on their logit, as in the sampling request. At most max_logits logits exist at a time: the head
-    runs by chunks, and again in the backward pass. The entropy is a metric, without gradient.
+    hidden: (N, H) states that predict the targets (N,); head: (n, H) -> (n, V). banned ids get
+    -100 on their logit, as in the sampling request. At most max_logits logits exist at a time: the
+    head runs by chunks, and again in the backward pass. The entropy is a metric, without gradient.
     """
     def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(hidden).float()  # (n, V)

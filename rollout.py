@@ -5,7 +5,7 @@ back; token ids and logprobs stay just as they were sampled.
 """
 import atexit
 import base64
-import importlib
+import importlib.util
 import io
 import math
 import random
@@ -21,6 +21,7 @@ import requests
 from PIL import Image, ImageOps
 
 IMAGE_SECONDS, IMAGE_BYTES = 20, 2**26  # at most, of an image behind a URL
+SESSIONS = threading.local()  # one requests.Session per thread
 
 
 class ServerError(RuntimeError):
@@ -59,6 +60,7 @@ class Rollout:
     finish_reason: str                # "stop" or "length"
     images: list[Image.Image]
     encoded: object = None            # what the adapter made of (prompt, images), if it was asked
+    finished: float = 0.0             # time.perf_counter()
 
 
 class GenerateOutputs(SimpleNamespace):
@@ -86,14 +88,9 @@ class GenerateOutputs(SimpleNamespace):
 def load_environment(env_id: str, args: dict) -> Environment:
     """Call my_env.load_environment(**args), or envs.my_env's; ValueError says what is wrong."""
     name, loader = env_id.replace("-", "_").split("/")[-1], None
-    for module_name in (name, f"envs.{name}"):
-        try:
-            module = importlib.import_module(module_name)
-            loader = loader or getattr(module, "load_environment", None)
-        except ModuleNotFoundError as error:
-            if error.name not in (module_name, "envs"):
-                raise  # the environment is there; something that it imports is not
     try:
+        for module in filter(importlib.util.find_spec, (name, f"envs.{name}")):
+            loader = loader or getattr(importlib.import_module(module), "load_environment", None)
         if loader is None:
             raise ValueError(f"no load_environment() in a module {name!r} on sys.path "
                              f"({sys.path[0] or '.'}, ...) or in envs/{name}.py")
@@ -160,6 +157,26 @@ def render_prompt(prompt: list[dict]) -> tuple[list[dict], list[Image.Image]]:
             {**m, "content": [render(part) for part in m["content"]]} for m in prompt], images
 
 
+def call(url: str, body: dict | None = None, method: str = "post", *, timeout: float,
+         pauses: Sequence[float] = (0.5, 1, 2, 4)) -> requests.Response:
+    """One HTTP call. ServerError without a connection, RuntimeError with a bad answer.
+
+    After each pause it is tried again: the server is busy, or has closed an idle connection.
+    """
+    SESSIONS.own = session = getattr(SESSIONS, "own", None) or requests.Session()
+    for pause in (*pauses, None):
+        try:
+            response = session.request(method, url, json=body, timeout=timeout)
+            if response.ok:
+                return response
+            if pause is None or response.status_code < 500:
+                raise RuntimeError(f"{url}: {response.status_code} {response.text[:500]}")
+        except requests.ConnectionError as error:
+            if pause is None or isinstance(error, requests.Timeout):
+                raise ServerError(f"no connection to {url}: {error}") from error
+        time.sleep(pause)
+
+
 class Generator:
     """Rolls out an environment's prompts on a vLLM OpenAI server, one request per prompt.
 
@@ -171,15 +188,19 @@ class Generator:
                  encode: Callable | None = None):
         self.environment, self.config, self.encode = environment, config, encode
         self.url, self.version = config.url, 0  # the step whose weights the server has
-        self.local = threading.local()  # a session per thread
         self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
         atexit.register(self.pool.terminate)
         # The sampling distribution must be the softmax that the trainer differentiates. By itself
         # the server applies the model's generation_config.json (top_k=1 in Qwen2-VL's).
-        self.request = {"model": self.call("get", "/v1/models")["data"][0]["id"], "top_p": 1.0,
-                        "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "logprobs": True,
+        self.request = {"model": self.call("v1/models", method="get")["data"][0]["id"],
+                        "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
                         "temperature": config.temperature, "max_tokens": config.max_tokens,
-                        "logit_bias": {str(i): -100 for i in banned}, "return_token_ids": True}
+                        "logit_bias": {str(i): -100 for i in banned}, "return_token_ids": True,
+                        "logprobs": True}
+
+    def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
+        return call(f"{self.url}/{route}", body, method,
+                    timeout=self.config.generation_timeout).json()
 
     def begin(self, step: int, num_prompts: int, group_size: int) -> Callable[[], GenerateOutputs]:
         """The step's prompts, group_size times each, from shuffled epochs; see submit."""
@@ -193,7 +214,7 @@ class Generator:
         return self.submit(jobs)
 
     def evaluate(self, n: int = 1) -> GenerateOutputs:
-        """Every held-out row n times, sampled at the training temperature with seeds of its own."""
+        """Every held-out row n times, at the training temperature, with seeds of its own."""
         rows = self.environment.eval
         return self.submit([(rows, i, n, 2**39 + i * n) for i in range(len(rows))])()
 
@@ -203,9 +224,8 @@ class Generator:
         What failed is left out and named in `dropped`. ServerError if the server is lost or hangs,
         RuntimeError if more than max_dropped failed. generation_timeout is for rewards, too.
         """
-        dropped, finished, version = [], [0.0], self.version
-        groups = [(job, self.pool.apply_async(self.group, (*job, dropped), callback=lambda _: (
-            finished.append(time.perf_counter())))) for job in jobs]
+        dropped, version = [], self.version
+        groups = [(job, self.pool.apply_async(self.group, (*job, dropped))) for job in jobs]
 
         def collect() -> GenerateOutputs:
             rollouts, waves = [], 2 + len(jobs) // self.config.max_concurrent
@@ -226,7 +246,7 @@ class Generator:
                                    f"{len(rollouts)} did not (see max_dropped); the last: "
                                    f"{reasons[-1]}") from dropped[-1][1]
             outputs = GenerateOutputs.from_rollouts(rollouts)
-            vars(outputs).update(dropped=reasons, weight_version=version, finished=max(finished))
+            vars(outputs).update(dropped=reasons, weight_version=version)
             return outputs
 
         return collect
@@ -234,7 +254,7 @@ class Generator:
     def check_engine(self) -> None:
         """ServerError if nothing is sampled any more: the health route would not know."""
         try:
-            self.call("post", "/v1/completions", {"prompt": "a", "max_tokens": 1})
+            self.call("v1/completions", {"prompt": "a", "max_tokens": 1})
         except requests.Timeout as error:
             raise ServerError(f"{self.url} hangs: {error}") from error
 
@@ -244,7 +264,7 @@ class Generator:
         row, rollouts = rows[index], []
         messages, images = render_prompt(row["prompt"])
         # vLLM gives sample i of a request the seed + i: neighbours are n apart, none overlap
-        reply = self.call("post", "/v1/chat/completions", {
+        reply = self.call("v1/chat/completions", {
             **self.request, "messages": messages, "n": n, "seed": (self.config.seed << 40) + seed})
         url = next((part["image_url"]["url"] for m in messages for part in m["content"]
                     if isinstance(part, dict) and part["type"] == "image_url"), None)
@@ -262,7 +282,7 @@ class Generator:
             rollouts.append(Rollout(
                 completion=text, reward=reward, metrics=scores, completion_ids=choice["token_ids"],
                 completion_logprobs=[t["logprob"] for t in choice["logprobs"]["content"]],
-                finish_reason=choice["finish_reason"], **shared))
+                finish_reason=choice["finish_reason"], finished=time.perf_counter(), **shared))
         return rollouts
 
     def score(self, completion: str, answer: str, info: dict) -> tuple[float, dict[str, float]]:
@@ -274,21 +294,3 @@ class Generator:
         weights = self.environment.weights or [1.0] * len(scores)
         return (sum(w * float(s) for w, s in zip(weights, scores.values(), strict=True)),
                 {name: float(score) for name, score in scores.items()})
-
-    def call(self, method: str, route: str, body: dict | None = None) -> dict:
-        """One HTTP call. ServerError without a connection, RuntimeError with a bad answer."""
-        if not hasattr(self.local, "session"):
-            self.local.session = requests.Session()
-        for pause in (0.5, 1, 2, 4, None):  # it may be busy, or have closed an idle connection
-            try:
-                response = self.local.session.request(method, self.url + route, json=body,
-                                                      timeout=self.config.generation_timeout)
-                if response.ok:
-                    return response.json()
-                if pause is None or response.status_code < 500:
-                    raise RuntimeError(f"{response.url}: {response.status_code} "
-                                       f"{response.text[:500]}")
-            except requests.ConnectionError as error:
-                if pause is None or isinstance(error, requests.Timeout):
-                    raise ServerError(f"no connection to {self.url}: {error}") from error
-            time.sleep(pause)

@@ -22,17 +22,19 @@ import requests
 import torch
 from torch import Tensor
 
+import rollout
 from rollout import ServerError
 
-# When the trainer ends, however it ends, its end of the pipe closes: kill the server's whole group.
+# When the trainer ends, however it ends, its end of the pipe closes: kill the server's group.
 GUARD = 'exec 3<&0; (read line <&3; kill -9 0) & exec "$@" </dev/null 3<&-'
 
 
-def server_command(model: str, port: int, gpus: int, backend: str, args: dict) -> list[str]:
-    """vLLM's OpenAI server for RL, gpus = 0: on the CPU. args: any flags, JSON-encoded or --no-."""
-    flags = {"model": model, "port": port, "host": "127.0.0.1",
+def server_command(config) -> list[str]:
+    """vLLM's OpenAI server for RL; any flag of its by [inference.args], as JSON or --no-."""
+    args, gpus = config.inference_args, config.server_gpus
+    flags = {"model": config.model, "port": config.vllm_server_port, "host": "127.0.0.1",
              "logprobs_mode": "processed_logprobs",
-             "weight_transfer_config": {"backend": "ipc" if backend == "ipc" else "nccl"}}
+             "weight_transfer_config": {"backend": "ipc" if config.backend == "ipc" else "nccl"}}
     if not gpus:  # vLLM 0.32 crashes on a CPU when the prefill of a request with a seed is chunked
         flags |= {"worker_extension_cls": "sync.GlooWorker", "enable_chunked_prefill": False}
     elif gpus > 1 and not {"tensor_parallel_size", "data_parallel_size"} & args.keys():
@@ -47,19 +49,18 @@ def server_command(model: str, port: int, gpus: int, backend: str, args: dict) -
 
 
 class Server:
-    """The vLLM server at url while the context lasts: one that is up already, or our own process.
+    """A config's vLLM server while the context lasts: the one that is up, else a process of ours.
 
-    log_path gets the output of our own. ValueError if it cannot start, TimeoutError if nothing
-    answers in timeout seconds.
+    Ours only on this machine; its output goes to output_dir/run_name-vllm.log. ValueError if it
+    cannot start, TimeoutError if nothing answers in vllm_server_timeout seconds.
     """
 
-    def __init__(self, url: str, timeout: float, command: list[str] = (), gpus: int = 0,
-                 log_path: Path | None = None):
-        self.url, self.timeout, self.command = url, timeout, command
-        self.gpus, self.log_path, self.process = gpus, log_path, None
+    def __init__(self, config, ours: bool = True):
+        self.config, self.url, self.timeout = config, config.url, config.vllm_server_timeout
+        self.ours, self.process = ours and config.local, None
 
     def __enter__(self) -> "Server":
-        self.command = () if self.is_healthy() else self.command
+        self.ours = self.ours and not self.is_healthy()
         try:
             self.restore()
             return self
@@ -70,16 +71,16 @@ class Server:
     def restore(self) -> None:
         """Start our own process (anew), or wait until somebody else's answers (again)."""
         self.stop()
-        if self.command:
-            self.start()
+        log = Path(self.config.output_dir, f"{self.config.run_name}-vllm.log")
+        if self.ours:
+            self.start(log)
         start = time.monotonic()
         while not self.is_healthy():
             waited = time.monotonic() - start
             if self.process and self.process.poll() is not None:
-                log = self.log_path.read_text(errors="replace")
-                errors = " | ".join((re.findall(".*rror.*", log) or log.splitlines())[-3:])
-                raise ValueError(f"vLLM ended with code {self.process.returncode} "
-                                 f"({self.log_path}): {errors}")
+                text = log.read_text(errors="replace")
+                errors = " | ".join((re.findall(".*rror.*", text) or text.splitlines())[-3:])
+                raise ValueError(f"vLLM ended, code {self.process.returncode} ({log}): {errors}")
             if waited > self.timeout:
                 raise TimeoutError(f"no vLLM server at {self.url} after {waited:.0f} s (see vllm_"
                                    "server_timeout); start one: `python sync.py @ CONFIG`")
@@ -87,26 +88,26 @@ class Server:
                 print(f"waiting for the vLLM server at {self.url} ({waited:.0f} s)", flush=True)
             time.sleep(1)
 
-    def start(self) -> None:
-        """Run the command, in a session of its own, so that Ctrl-C reaches us alone."""
-        address = urlsplit(self.url)
+    def start(self, log: Path) -> None:
+        """Run our own, in a session of its own, so that Ctrl-C reaches us alone."""
+        port = self.config.vllm_server_port
         try:
-            socket.create_server((address.hostname, address.port)).close()
+            socket.create_server(("127.0.0.1", port)).close()
         except OSError as error:
-            raise ValueError(f"vllm_server_port {address.port}: {error.strerror}, and not by a "
-                             "healthy vLLM server; choose another port") from error
+            raise ValueError(f"vllm_server_port {port}: {error.strerror}, and not by a healthy "
+                             "vLLM server; choose another port") from error
+        here, ipc = str(Path(__file__).parent), self.config.backend == "ipc"
         env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ,
                "VLLM_SERVER_DEV_MODE": "1",  # the RL routes
-               # of handles to weights on the same GPU
-               "VLLM_ALLOW_INSECURE_SERIALIZATION": str(int('{"backend": "ipc"}' in self.command)),
-               "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
-        if self.gpus:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(self.gpus)))
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.log_path, "w") as log:
-            self.process = subprocess.Popen(["sh", "-c", GUARD, "sh", *self.command], env=env,
-                                            stdout=log, stderr=log, stdin=subprocess.PIPE,
-                                            start_new_session=True)
+               "VLLM_ALLOW_INSECURE_SERIALIZATION": str(int(ipc)),  # of handles to GPU memory
+               "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
+        if self.config.server_gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(self.config.server_gpus)))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w") as out:
+            self.process = subprocess.Popen(
+                ["sh", "-c", GUARD, "sh", *server_command(self.config)], env=env, stdout=out,
+                stderr=out, stdin=subprocess.PIPE, start_new_session=True)
 
     def stop(self, *_) -> None:
         """End our own process; then the guard ends what is left of its group."""
@@ -155,11 +156,14 @@ class CheckpointSource:
 
 
 class WeightSync:
-    """Sends the trainer's weights to a vLLM server by vLLM's own engine: "nccl", "ipc", "gloo"."""
+    """Sends weights to a config's server by vLLM's own engine; config.backend says by which."""
 
-    def __init__(self, url: str, source: CheckpointSource, backend: str, timeout: float):
-        self.url, self.source, self.backend, self.timeout = url, source, backend, timeout
-        self.engine, self.asleep = None, False
+    def __init__(self, config, source: CheckpointSource):
+        self.url, self.timeout = config.url, config.vllm_server_timeout
+        self.backend, self.source, self.engine, self.asleep = config.backend, source, None, False
+
+    def call(self, route: str, body: dict | None = None, method: str = "post"):
+        return rollout.call(f"{self.url}/{route}", body, method, timeout=self.timeout, pauses=(1,))
 
     def sleep(self) -> None:
         """Leave the GPU memory of the server to the trainer until send() (vLLM's sleep mode)."""
@@ -184,20 +188,22 @@ class WeightSync:
                 self.call(f"reset_{cache}")
             self.call("resume")
             served = self.call("weight_info", method="get").json()["weight_version"]
+            if served != str(version):
+                raise RuntimeError(f"it serves {served!r}")
+            self.engine = engine
         except (OSError, RuntimeError) as error:
             raise ServerError(f"weights {version} did not reach {self.url}: {error}") from error
-        if served != str(version):
-            raise ServerError(f"{self.url} serves weights {served!r}, {version} was sent")
-        self.engine = engine
 
     def meet(self):
         """A new group with the workers, whoever's group they are in; the trainer's side of it."""
         from vllm.distributed.weight_transfer import (
             HTTPVLLMWeightSyncClient, ipc_engine, nccl_engine)
         client = HTTPVLLMWeightSyncClient(self.url, self.timeout)
-        if not self.call("shutdown_weight_transfer_engine", check=False).ok:
-            # a trainer died in the middle of an update: one that cannot be read ends it
-            self.call("update_weights", {"update_info": {}}, check=False)
+        try:
+            self.call("shutdown_weight_transfer_engine")
+        except RuntimeError:  # a trainer died in an update: one that cannot be read ends it
+            with contextlib.suppress(RuntimeError):
+                self.call("update_weights", {"update_info": {}})
             self.call("shutdown_weight_transfer_engine")
         if self.backend == "ipc":
             return ipc_engine.IPCTrainerWeightTransferEngine.trainer_init(
@@ -216,17 +222,6 @@ class WeightSync:
             nccl_engine.NCCLTrainerInitInfo(address, port, workers + 1, rank=0,
                                             packed=self.backend == "nccl"),
             client=client, source=self.source)
-
-    def call(self, route: str, body: dict | None = None, method: str = "post", check: bool = True):
-        """One HTTP call. ServerError if there is no answer or, unless told not to, a bad one."""
-        try:
-            response = requests.request(method, f"{self.url}/{route}", json=body,
-                                        timeout=self.timeout)
-            if check:
-                response.raise_for_status()
-            return response
-        except requests.RequestException as error:
-            raise ServerError(str(error)) from error
 
 
 class Gloo:
@@ -256,7 +251,7 @@ class GlooWorker:
 
 
 if __name__ == "__main__":
-    from train import command_line, make_server, mistakes
-    with mistakes(), make_server(command_line("sync.py")) as server:
+    from train import command_line, mistakes
+    with mistakes(), Server(command_line("sync.py")) as server:
         print(f"serving at {server.url}; Ctrl-C stops it", flush=True)
         sys.exit(server.process.wait() if server.process else "somebody else's server, up already")

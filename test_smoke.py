@@ -280,7 +280,7 @@ def test_the_users_config_loads_and_means_what_it_says(tmp_path):
                                                "inference.args.dtype=bfloat16"])
     assert (config.group_size, config.max_steps, config.env_args, config.run_name) == (
         32, 5, {"n": 3}, "x")
-    command = sync.server_command(config.model, 8000, 1, "nccl", config.inference_args)
+    command = sync.server_command(config)
     for words in (["--enforce-eager", "--max-model-len", "8192"], ["--dtype", "bfloat16"],
                   ["--limit-mm-per-prompt", '{"image": 4}'], ["--host", "127.0.0.1"],
                   ["--weight-transfer-config", '{"backend": "nccl"}'],

@@ -136,6 +136,10 @@ class MultimodalRLConfig:
         return "nccl" if self.trainer_gpus else "ipc"
 
     @property
+    def server_gpus(self) -> int:  # 0: it runs on the CPU
+        return max(1, self.inference_gpus) if torch.cuda.is_available() else 0
+
+    @property
     def url(self) -> str:
         host = "127.0.0.1" if self.local else self.vllm_server_host
         return f"http://{host}:{self.vllm_server_port}"
@@ -149,7 +153,7 @@ KEYS |= {f"trainer.args.{f.name}": f.name for f in fields(MultimodalRLConfig)
 
 
 def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
-    """A TOML file and overrides ("seed=1", "env.args.n=3", "model=DIR"); ValueError in one line."""
+    """A TOML file and overrides ("seed=1", "env.args.n=3", "model=X"); ValueError in one line."""
     values = {}
 
     def read(table: dict, prefix: str = "") -> None:
@@ -191,7 +195,7 @@ def vision_token_ids(model_config) -> list[int]:
 
 
 class Policy(torch.nn.Module):
-    """The model as a policy; all in one forward, head included, for the sake of sharded weights."""
+    """The model as a policy; all in one forward, head included, because of sharded weights."""
 
     def __init__(self, model, temperature: float, banned: list[int]):
         super().__init__()
@@ -249,22 +253,23 @@ class Policy(torch.nn.Module):
 
 
 class MultimodalGRPOTrainer:
-    """Trains a Hugging Face image-text-to-text model, on its device, by GRPO against a vLLM server.
+    """Trains a Hugging Face image-text-to-text model, on its device, by GRPO with a vLLM server.
 
     The tokenizer is saved if the adapter has no processor. Only train() needs the server. Under
-    torchrun every rank makes one, of the same model: it is sharded, and rank 0 talks to the server.
+    torchrun every rank makes one, of the same model: it is sharded; rank 0 talks to the server.
     """
 
     def __init__(self, model, tokenizer, adapter: MultimodalAdapter, config: MultimodalRLConfig):
         self.model, self.tokenizer, self.adapter, self.config = model, tokenizer, adapter, config
-        self.rank, self.world = ((distributed.get_rank(), distributed.get_world_size())
-                                 if distributed.is_initialized() else (0, 1))
+        self.rank, self.world = join_ranks()
         self.environment = config.env_id and load_environment(config.env_id, config.env_args)
         if self.environment and config.eval_every_steps and not len(self.environment.eval):
             raise ValueError(f"eval_every_steps: {config.env_id!r} has no held-out split")
         self.run_dir = Path(config.output_dir, config.run_name)
-        self.wandb = self.rank == 0 and config.wandb_project and importlib.import_module(
-            "wandb").init(project=config.wandb_project, name=config.run_name, config=asdict(config))
+        self.wandb = None
+        if config.wandb_project and self.rank == 0:
+            self.wandb = importlib.import_module("wandb").init(
+                project=config.wandb_project, name=config.run_name, config=asdict(config))
         self.step = self.saved = self.bad_steps = self.stopping = self.seconds_sync = 0
         self.common_error = None  # the last one that all ranks had
         self.banned = vision_token_ids(model.config)
@@ -289,10 +294,9 @@ class MultimodalGRPOTrainer:
         self.optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad),
                                            config.learning_rate, weight_decay=config.weight_decay)
         self.ahead = collections.deque()  # steps whose rollouts are under way
-        self.server, self.generator = sync.Server(config.url, config.vllm_server_timeout), None
+        self.server, self.generator = sync.Server(config, ours=False), None
         self.source = sync.CheckpointSource(model, self.full_weights(), self.device)
-        self.weights = sync.WeightSync(config.url, self.source, config.backend,
-                                       config.vllm_server_timeout)
+        self.weights = sync.WeightSync(config, self.source)
 
     def train(self) -> None:
         """Sync, roll out, update, until max_steps. The server must be up, or come up in time.
@@ -356,7 +360,7 @@ class MultimodalGRPOTrainer:
         self.retried(self.send_weights)
 
     def with_server(self, action):
-        """action() on rank 0, on a server with our weights, restored and tried again if need be."""
+        """action() on rank 0, on a server with our weights; restored, if lost, and tried again."""
         return self.on_lead(lambda: self.retried(action))
 
     def retried(self, action):
@@ -471,14 +475,14 @@ class MultimodalGRPOTrainer:
         return (norm.full_tensor() if self.world > 1 else norm).item()
 
     def dump(self, batch: MultimodalBatch) -> None:
-        """Write a batch without finite loss or gradient, as torch.load(weights_only=True) reads."""
+        """Write a batch without finite loss or gradient, for torch.load(weights_only=True)."""
         path = self.run_dir / f"bad-batch-{self.step + 1}.pt"
         self.run_dir.mkdir(parents=True, exist_ok=True)
         torch.save(vars(batch), path)
         tqdm.write(message := f"step {self.step + 1}: loss or gradient is not finite; see {path}")
         if self.bad_steps == ATTEMPTS:
-            raise RuntimeError(f"{message}. In a row: {ATTEMPTS}. Lower learning_rate, or look for "
-                               "pixels or tokens that this model cannot compute")
+            raise RuntimeError(f"{message}. In a row: {ATTEMPTS}. Lower learning_rate, or look "
+                               "for pixels or tokens that this model cannot compute")
 
     def build_batch(self, outputs: GenerateOutputs) -> MultimodalBatch:
         """The adapter's batch with advantages, and without sampled vision tokens."""
@@ -550,7 +554,7 @@ class MultimodalGRPOTrainer:
         start, rolled_out, trained = clock
         self.write({**metrics, "tokens_per_second": metrics["tokens"] / (trained - start),
                     "staleness": self.step - 1 - outputs.weight_version,
-                    "seconds_waited": max(0.0, start - outputs.finished),
+                    "seconds_waited": max(0.0, start - max(outputs.finished)),
                     "seconds_rollout": rolled_out - start, "seconds_train": trained - rolled_out,
                     "seconds_sync": self.seconds_sync})
         self.seconds_sync = 0.0
@@ -576,9 +580,9 @@ class MultimodalGRPOTrainer:
             self.wandb.log(metrics, step=self.step)
 
     def save(self) -> None:
-        """Write run_dir/checkpoint-STEP, for from_pretrained, vLLM and resume; whole or not at all.
+        """Write run_dir/checkpoint-STEP, whole or not at all; then the oldest ones go.
 
-        The oldest ones go after that.
+        It is for from_pretrained, for vLLM and for resume.
         """
         if self.saved == self.step:
             return
@@ -683,7 +687,7 @@ def fold_adapters(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def checksums(folder: Path) -> dict[str, str]:
     """{file: SHA-256} of a checkpoint, but for the list of these itself."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "checksums.json"]
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "checksums.json"]
     return {str(path.relative_to(folder)):
             hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in files}
 
@@ -727,22 +731,21 @@ def command_line(program: str) -> MultimodalRLConfig:
     return load_config(words[0], words[1:])
 
 
-def make_server(config: MultimodalRLConfig) -> sync.Server:
-    """vLLM on the first inference_gpus GPUs, or on the CPU where there are none; to be entered."""
-    gpus = max(1, config.inference_gpus) if torch.cuda.is_available() else 0
-    command = sync.server_command(config.model, config.vllm_server_port, gpus, config.backend,
-                                  config.inference_args)
-    return sync.Server(config.url, config.vllm_server_timeout, config.local and command, gpus,
-                       Path(config.output_dir, f"{config.run_name}-vllm.log"))
+def join_ranks() -> tuple[int, int]:
+    """(rank, number of ranks) of this process, grouped with the others if torchrun made it."""
+    if "RANK" in os.environ and not distributed.is_initialized():
+        # rank 0 may take long to bring a server back; if it dies torchrun ends the others
+        distributed.init_process_group(timeout=timedelta(hours=2))
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # vLLM's groups have a store each
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 def start_ranks(config: MultimodalRLConfig) -> None:
-    """Become torchrun if there are several trainer GPUs; in a rank of its: join the others."""
+    """Become torchrun if there are several trainer GPUs; its ranks but the first are silent."""
     if "RANK" in os.environ:
-        # rank 0 may take long to bring a server back; if it dies torchrun ends the others
-        distributed.init_process_group(timeout=timedelta(hours=2))
-        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # vLLM's groups have a store each
-        if distributed.get_rank() > 0:
+        if join_ranks()[0] > 0:
             sys.stdout = open(os.devnull, "w")  # every rank finds the same
     elif config.trainer_gpus > 1:
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -764,7 +767,7 @@ def served(config: MultimodalRLConfig) -> Iterator[MultimodalGRPOTrainer]:
     if trainer.rank > 0:
         yield trainer
         return
-    with make_server(config) as trainer.server:
+    with sync.Server(config) as trainer.server:
         yield trainer
 
 

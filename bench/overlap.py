@@ -23,7 +23,8 @@ import requests
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from train import load_config, make_server  # noqa: E402  (needs the path)
+from sync import Server  # noqa: E402
+from train import load_config  # noqa: E402  (needs the path)
 
 SEEDS = (0, 1, 2)
 
@@ -69,7 +70,7 @@ def main() -> None:
             ("127.0.0.1", 0), Slow) as proxy, open(ROOT / "results/overlap.jsonl", "w") as out:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         config = load_config(str(ROOT / "config.toml"), [f"output_dir={folder}"])
-        with make_server(config):
+        with Server(config):
             Slow.url = config.url
             lines = run(folder, config.vllm_server_port, run_name="alone", eval_every_steps=0)
             turns = [line["seconds_train"] / 16 for line in lines for _ in range(16)]

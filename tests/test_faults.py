@@ -24,7 +24,7 @@ import sync
 from conftest import ROOT, TINY, canned, free_port, make_trainer, noise
 from rollout import Environment, Generator, load_environment, load_image
 from test_runs import metrics
-from train import is_whole, load_config, make_server, served
+from train import is_whole, load_config, served
 
 CLOCKS = ("seconds", "tokens_per_second")  # differ from run to run, as nothing else does
 
@@ -161,7 +161,7 @@ def test_sigterm_finishes_the_step_and_saves_and_a_second_one_stops_at_once(serv
             assert run.wait(60) == code
         steps = path.read_text().count("\n")
         assert (tmp_path / f"run{count}" / f"checkpoint-{steps}").exists() == (count == 1)
-    assert sync.Server(config.url, 5).is_healthy()
+    assert sync.Server(config).is_healthy()
 
 
 # ---- the server
@@ -255,7 +255,7 @@ def test_a_server_of_somebody_else_is_waited_for(undisturbed, server, own_server
         back.start()
 
     with served(config) as trainer:
-        assert not trainer.server.command  # not ours
+        assert not trainer.server.ours
         trainer.weights.source = KillsWhileSending(trainer.weights.source, kill, at_version=3)
         trainer.train()
     back.join(300)
@@ -265,7 +265,7 @@ def test_a_server_of_somebody_else_is_waited_for(undisturbed, server, own_server
 @pytest.fixture()
 def own_server(server):
     """A server of the test's own, to be killed."""
-    with make_server(dataclasses.replace(server, run_name="victim",
+    with sync.Server(dataclasses.replace(server, run_name="victim",
                                          vllm_server_port=free_port())) as victim:
         yield victim
 

@@ -9,7 +9,7 @@ import torch
 
 import sync
 from conftest import ROOT, make_trainer
-from train import MultimodalRLConfig, load_config, make_server, start_ranks
+from train import MultimodalRLConfig, load_config, start_ranks
 
 LAYOUTS = {  # config file -> (backend, flags of the server, GPUs of the server)
     "config.toml": ("gloo", {"tensor_parallel_size": 1, "dtype": "float32"}, 0),
@@ -32,9 +32,9 @@ def test_the_layout_decides_backend_and_flags_and_vllm_understands_them(path, mo
     backend, flags, gpus = LAYOUTS[path]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: path != "config.toml")
     config = load_config(str(ROOT / path), ["vllm_server_host=127.0.0.1"])
-    server = make_server(config)
-    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(server.command[3:])
-    assert config.backend == backend and server.gpus == gpus
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(
+        sync.server_command(config)[3:])
+    assert config.backend == backend and config.server_gpus == gpus
     assert parsed.weight_transfer_config.backend == ("ipc" if backend == "ipc" else "nccl")
     assert {name: getattr(parsed, name) for name in flags} == flags
     assert parsed.logprobs_mode == "processed_logprobs" and parsed.limit_mm_per_prompt
@@ -51,7 +51,7 @@ def test_the_routes_that_are_called_exist(server):
 def test_a_server_that_sleeps_is_woken_by_the_next_weights(monkeypatch):
     trainer, calls = make_trainer(), []
 
-    def call(self, route, body=None, method="post", check=True):
+    def call(self, route, body=None, method="post"):
         calls.append(route)
         return SimpleNamespace(json=lambda: {"weight_version": "3"})
 

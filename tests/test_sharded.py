@@ -26,16 +26,13 @@ CASES = {  # name -> (groups, options of the trainer)
     "fewer rows than ranks": ([([noise(56, 84)], [3, 2])], {}),
 }
 THREE_STEPS = """
-import os, sys
+import sys
 import torch
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-from torch import distributed
 from conftest import canned, make_trainer
 from test_sharded import CASES
 
 found = {{}}
-if "RANK" in os.environ:
-    distributed.init_process_group()
 for name, (groups, options) in CASES.items():
     trainer = make_trainer(**options)
     outputs = torch.load({folder!r} + f"/{{name}}", weights_only=False)
