@@ -165,8 +165,10 @@ def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
             elif isinstance(value, dict):
                 read(value, f"{prefix}{key}.")
             else:
-                near = difflib.get_close_matches(prefix + key, KEYS, n=1, cutoff=0)[0]
-                raise ValueError(f"unknown key {prefix + key!r}; did you mean {near!r}?")
+                plain = {name.removeprefix("trainer.args."): name for name in KEYS}
+                near, = difflib.get_close_matches((prefix + key).removeprefix("trainer.args."),
+                                                  plain, n=1, cutoff=0)
+                raise ValueError(f"unknown key {prefix + key!r}; did you mean {plain[near]!r}?")
 
     try:
         read(tomli.loads(Path(path).read_text()))

@@ -1,4 +1,5 @@
 """Several trainer processes: FSDP2 over gloo under torchrun must be one process, only sharded."""
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from conftest import ROOT, canned, free_port, make_trainer, noise
-from test_faults import command
+from test_faults import command, running
 from test_runs import metrics
 from train import is_whole, served
 
@@ -74,18 +75,25 @@ def test_two_ranks_take_the_steps_of_one(three_steps, name):
 
 @pytest.mark.slow
 def test_two_ranks_train_against_a_real_server_and_go_on_as_one(server, tmp_path):
-    """train.py starts torchrun by itself; its checkpoint is resumed by one process, then by two.
+    """Two nodes of one rank each train; one process goes on, then two ranks.
 
-    The last part is n + m: on a server of train.py's own, with two data-parallel workers.
+    These are started by train.py, and are n + m: its server has two data-parallel workers.
     """
     config = dataclasses.replace(server, output_dir=str(tmp_path), eval_every_steps=2)
     options = dict(save_every_steps=2, learning_rate=1e-4, warmup_steps=3)
     own = {"vllm_server_port": free_port(), "inference.args.data_parallel_size": 2}
-    for name, ranks, end, more in (("one", 1, 4, {}), ("changing", 2, 2, {}),
-                                   ("changing", 1, 3, {}), ("changing", 2, 4, own)):
-        words = {**options, "trainer.gpus": ranks, "run_name": name, "max_steps": end, **more}
-        subprocess.run(command(config, resume="true", **words), cwd=ROOT, check=True, timeout=400,
-                       env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+    nodes = [[*TORCHRUN[:-2], "--nnodes=2", f"--node-rank={i}", "--nproc-per-node=1",
+              "--master-addr=127.0.0.1", f"--master-port={free_port()}"] for i in range(2)]
+    nodes[1][-1] = nodes[0][-1]
+    for name, starts, end, more in (
+            ("one", [[sys.executable]], 4, {}), ("changing", nodes, 2, {}),
+            ("changing", [[sys.executable]], 3, {}),
+            ("changing", [[sys.executable]], 4, own | {"trainer.gpus": 2})):
+        words = command(config, resume="true", **options, run_name=name, max_steps=end, **more)[1:]
+        env = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        with contextlib.ExitStack() as stack:
+            runs = [stack.enter_context(running([*start, *words], env=env)) for start in starts]
+            assert [run.wait(400) for run in runs] == [0] * len(runs)
     one, other = (metrics(dataclasses.replace(config, run_name=name))
                   for name in ("one", "changing"))
     assert [line["step"] for line in other] == [line["step"] for line in one] == [
