@@ -58,6 +58,8 @@ class Server:
     def __init__(self, config, ours: bool = True):
         self.config, self.url, self.timeout = config, config.url, config.vllm_server_timeout
         self.ours, self.process = ours and config.local, None
+        direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        os.environ["no_proxy"] = f"{direct},{urlsplit(self.url).hostname}"  # it would not reach it
 
     def __enter__(self) -> "Server":
         self.ours = self.ours and not self.is_healthy()

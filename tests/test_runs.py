@@ -67,6 +67,14 @@ def test_a_server_that_is_up_is_used_again_and_left_running(server, tmp_path):
     assert not list(tmp_path.glob("*-vllm.log"))
 
 
+def test_a_proxy_of_the_site_is_not_asked_for_the_server(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")  # nobody there
+    monkeypatch.setenv("no_proxy", "inside.example")
+    with served(dataclasses.replace(server, output_dir=str(tmp_path), max_steps=1)) as trainer:
+        trainer.train()
+    assert "inside.example" in os.environ["no_proxy"]
+
+
 def test_kl_grows_when_the_weights_are_never_synced(server, tmp_path, capsys):
     with served(dataclasses.replace(server, output_dir=str(tmp_path), max_steps=1)) as trainer:
         trainer.train()  # the server has the weights of this run's first step now
