@@ -116,7 +116,7 @@ class Server:
         if self.process:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(20)
+                self.process.wait(10)  # one that hangs, or is about to start, does not hear it
             self.process.stdin.close()
             self.process.wait(20)
 
