@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -223,17 +224,24 @@ def test_our_server_dies_in_rollouts_and_in_a_sync_and_hangs_and_the_run_is_the_
             if trainer.step == 2 and "killed" not in done:
                 done.append("killed")
                 os.killpg(group(), signal.SIGKILL)
-            if trainer.step == 4 and "hung" not in done:
-                done.append("hung")
-                for pid in engine_processes(group()):
-                    os.kill(pid, signal.SIGSTOP)
-                time.sleep(0.5)
             return real(completion, answer, **info)
+
+        class Hangs(Sequence):
+            """The data; a row of step 5 is never answered, for the engine is stopped."""
+            def __len__(self):
+                return len(environment.train)
+
+            def __getitem__(self, i):
+                if trainer.step == 4 and "hung" not in done:
+                    done.append("hung")
+                    for pid in engine_processes(group()):
+                        os.kill(pid, signal.SIGSTOP)
+                return environment.train[i]
 
         environment = trainer.environment
         real = next(f for f in environment.rewards if f.__name__ == "accuracy")
         rewards = [accuracy if f is real else f for f in environment.rewards]
-        trainer.environment = dataclasses.replace(environment, rewards=rewards)
+        trainer.environment = dataclasses.replace(environment, train=Hangs(), rewards=rewards)
         trainer.weights.source = KillsWhileSending(
             trainer.weights.source, lambda: os.killpg(group(), signal.SIGKILL), at_version=5)
         trainer.train()
