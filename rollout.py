@@ -42,6 +42,11 @@ class Environment:
     rewards: Sequence[Callable[..., float]]
     weights: Sequence[float] | None = None  # 1 each
 
+    def __post_init__(self):
+        names = [getattr(f, "__name__", None) for f in self.rewards]  # scores are logged by them
+        if len({*names} - {None}) < len(names) or len(self.weights or names) != len(names):
+            raise ValueError(f"each reward needs a __name__ of its own, and a weight: {names}")
+
 
 @dataclass
 class Rollout:
@@ -87,7 +92,7 @@ class GenerateOutputs(SimpleNamespace):
 
 def load_environment(env_id: str, args: dict) -> Environment:
     """Call my_env.load_environment(**args), or envs.my_env's; ValueError says what is wrong."""
-    name, loader = env_id.replace("-", "_").split("/")[-1], None
+    name, loader = env_id.removesuffix(".py").replace("-", "_").split("/")[-1], None
     try:
         for module in filter(importlib.util.find_spec, (name, f"envs.{name}")):
             loader = loader or getattr(importlib.import_module(module), "load_environment", None)
@@ -95,6 +100,8 @@ def load_environment(env_id: str, args: dict) -> Environment:
             raise ValueError(f"no load_environment() in a module {name!r} on sys.path "
                              f"({sys.path[0] or '.'}, ...) or in envs/{name}.py")
         environment = loader(**args)
+        if not isinstance(environment, Environment):
+            raise ValueError(f"load_environment() returned no Environment, but {environment!r:.99}")
         if not len(environment.train):
             raise ValueError("the train split is empty")
         return environment

@@ -110,7 +110,12 @@ class MultimodalRLConfig:
             least = "at least" if f.default == 0 or f.name in MAY_BE_ZERO else "above"
             if number and not (0 < value <= most or value == 0 and least == "at least"):
                 raise ValueError(f"{f.name} must be {least} 0 and at most {most:g}, not {value}")
-        if self.max_tokens >= self.inference_args.get("max_model_len", math.inf):
+        if {"/", ":"} & {*self.vllm_server_host}:
+            raise ValueError(f"vllm_server_host must be a name or address alone: {self.url}")
+        if {"model", "port"} & {*self.inference_args}:
+            raise ValueError("inference.args: set `model` and vllm_server_port instead")
+        longest = self.inference_args.get("max_model_len")  # vLLM also knows "32k"
+        if isinstance(longest, int) and self.max_tokens >= longest:
             raise ValueError("max_tokens must be below max_model_len, which holds the prompt, too")
         if self.inference_args.get("enable_sleep_mode") and (
                 self.async_steps or self.sync_to_vllm_every != 1):  # which wakes it
@@ -124,6 +129,10 @@ class MultimodalRLConfig:
     @property
     def group_size(self) -> int:  # G
         return self.batch_size // self.rollouts_per_step
+
+    @property
+    def adapts(self) -> tuple:  # a checkpoint's adapters fit no other model and rank
+        return (self.model, self.lora_rank) if self.lora_rank else ()
 
     @property
     def local(self) -> bool:  # then train.py may start the server
@@ -601,6 +610,7 @@ class MultimodalGRPOTrainer:
         (self.adapter.processor or self.tokenizer).save_pretrained(partial)
         name, keys, *rest = numpy.random.get_state()
         torch.save({"step": self.step, "optimizer": optimizer, "torch": torch.get_rng_state(),
+                    "adapts": self.config.adapts,
                     "adapters": {k: v for k, v in adapters.items() if ".lora_" in k},
                     "cuda": torch.cuda.get_rng_state_all(), "python": random.getstate(),
                     "numpy": (name, keys.tolist(), *rest),
@@ -636,6 +646,9 @@ class MultimodalGRPOTrainer:
         transformers.set_seed(self.config.seed)
         if path:
             state = torch.load(path / "trainer.pt", weights_only=True, mmap=True)
+            if state["adapts"] != self.config.adapts:
+                raise ValueError(f"{path}: (model, lora_rank) is {state['adapts']} there, "
+                                 f"but {self.config.adapts} here")
             weights = state["adapters"] or type(self.model).from_pretrained(
                 path, dtype=self.model.dtype).state_dict()
             sharded.set_model_state_dict(self.model, weights, options=FULL)
@@ -654,7 +667,7 @@ class MultimodalGRPOTrainer:
             metrics.touch()
             os.truncate(metrics, min(state["metrics_bytes"], os.path.getsize(metrics)))
         elif metrics.exists():
-            self.run_dir.rename(f"{self.run_dir}-past-{time.time():.0f}")
+            self.run_dir.rename(f"{self.run_dir}-past-{time.time_ns()}")
         self.run_dir.mkdir(parents=True, exist_ok=True)
         metrics.touch()
 

@@ -1,4 +1,5 @@
 """Environments, prompts, pixels and sampled tokens on their way into a batch."""
+import functools
 import math
 
 import pytest
@@ -41,9 +42,23 @@ def test_a_prompt_that_the_server_read_differently_is_refused():
         trainer.build_batch(outputs)
 
 
-def test_a_missing_environment_says_where_it_looked():
+def test_a_missing_environment_says_where_it_looked(monkeypatch, tmp_path):
     assert isinstance(load_environment("colors", {"num_train": 3}), Environment)
     with pytest.raises(ValueError, match=r"no-such-env.*module 'no_such_env'.*envs/no_such_env.py"):
         load_environment("no-such-env", {})
     with pytest.raises(ValueError, match="'colors'.*unexpected keyword argument 'num_trian'"):
         load_environment("colors", {"num_trian": 3})
+    assert load_environment("envs/colors.py", {"num_train": 3}).train
+    (tmp_path / "my_list.py").write_text("def load_environment(): return [1]")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"'my-list': .* returned no Environment, but \[1\]"):
+        load_environment("my-list", {})
+
+
+def test_no_reward_is_lost_among_others_of_its_name():
+    good, nameless = (lambda completion, answer: 1.0), functools.partial(max, 0)
+    Environment(train=[{}], eval=[], rewards=[good, max], weights=[1.0, 0.5])
+    for rewards, weights in (([good, lambda completion, answer: 0.0], None), ([nameless], None),
+                             ([good, max], [1.0])):
+        with pytest.raises(ValueError, match="needs a __name__ of its own, and a weight"):
+            Environment(train=[{}], eval=[], rewards=rewards, weights=weights)
