@@ -25,6 +25,8 @@ from torch import Tensor
 import rollout
 from rollout import ServerError
 
+# How exceptions, with two lines of what they say, and mistakes in flags end vLLM's log.
+ERRORS = r"(?m)^(?:\(.*?\) )?((?:[\w.]+Error|\S+: error): .*(?:\n.*){0,2})"
 # When the trainer ends, however it ends, its end of the pipe closes: kill the server's group.
 GUARD = 'exec 3<&0; (read line <&3; kill -9 0) & exec "$@" </dev/null 3<&-'
 
@@ -81,7 +83,7 @@ class Server:
             waited = time.monotonic() - start
             if self.process and self.process.poll() is not None:
                 text = log.read_text(errors="replace")
-                errors = " | ".join((re.findall(".*rror.*", text) or text.splitlines())[-3:])
+                errors = " | ".join((re.findall(ERRORS, text) or text.splitlines())[-2:])
                 raise ValueError(f"vLLM ended, code {self.process.returncode} ({log}): {errors}")
             if waited > self.timeout:
                 raise TimeoutError(f"no vLLM server at {self.url} after {waited:.0f} s (see vllm_"

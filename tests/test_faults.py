@@ -610,6 +610,7 @@ MISTAKES = {  # words after "@ config.toml" -> what the one line says
     "vllm_server_port=TAKEN": "Address already in use",
     "inference.args.enforce_eeger=true": "unrecognized arguments: --enforce-eeger",
     "inference.args.dtype=float33": "float33",
+    "inference.args.tensor_parallel_size=0": "tensor_parallel_size Input should be greater than",
 }
 FILES = {
     'model = "x"\n[env]\nid = "colors"\n[inference.args]\nlimit_mm_per_prompt = {"image": 4}':
