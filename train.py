@@ -304,6 +304,7 @@ class MultimodalGRPOTrainer:
         self.device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad),
                                            config.learning_rate, weight_decay=config.weight_decay)
+        self.checkpoint = self.on_lead(self.choose_checkpoint)  # to go on from
         self.ahead = collections.deque()  # steps whose rollouts are under way
         self.server, self.generator = sync.Server(config, ours=False), None
         self.source = sync.CheckpointSource(model, self.full_weights(), self.device)
@@ -628,10 +629,14 @@ class MultimodalGRPOTrainer:
         return sorted(self.run_dir.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime_ns)
 
     def choose_checkpoint(self) -> Path | None:
-        """The one at config.resume, if True this run's newest whole one; ValueError: not whole."""
+        """The one at config.resume, if True this run's newest whole one; ValueError: unfit."""
         wanted, own = self.config.resume, self.checkpoints()[::-1]
         for path in [Path(wanted)] if isinstance(wanted, str) else own if wanted else []:
             if is_whole(path):
+                there = torch.load(path / "trainer.pt", weights_only=True, mmap=True)["adapts"]
+                if there != self.config.adapts:
+                    raise ValueError(f"{path}: (model, lora_rank) is {there} there, "
+                                     f"but {self.config.adapts} here")
                 return path
             tqdm.write(f"{path} is damaged or incomplete")
         if isinstance(wanted, str):
@@ -642,13 +647,10 @@ class MultimodalGRPOTrainer:
 
         The metrics after it are cut off. The folder of a run that is not continued is renamed.
         """
-        path, metrics = self.on_lead(self.choose_checkpoint), self.run_dir / "metrics.jsonl"
+        path, metrics = self.checkpoint, self.run_dir / "metrics.jsonl"
         transformers.set_seed(self.config.seed)
         if path:
             state = torch.load(path / "trainer.pt", weights_only=True, mmap=True)
-            if state["adapts"] != self.config.adapts:
-                raise ValueError(f"{path}: (model, lora_rank) is {state['adapts']} there, "
-                                 f"but {self.config.adapts} here")
             weights = state["adapters"] or type(self.model).from_pretrained(
                 path, dtype=self.model.dtype).state_dict()
             sharded.set_model_state_dict(self.model, weights, options=FULL)

@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_is_passed_over(server, tmp_path, capsys):
     assert "checkpoint-3 is damaged" in said and "checkpoint-2 is damaged" in said
     os.remove(folder / "checkpoint-1" / "trainer.pt")
     with pytest.raises(ValueError, match="is no whole checkpoint"):
-        make_trainer(output_dir=str(tmp_path / "x"), resume=str(folder / "checkpoint-1")).resume()
+        make_trainer(output_dir=str(tmp_path / "x"), resume=str(folder / "checkpoint-1"))
 
 
 def test_a_fresh_run_sets_an_earlier_one_aside(server, tmp_path):
