@@ -66,6 +66,12 @@ def test_a_server_that_sleeps_is_woken_by_the_next_weights(monkeypatch):
         MultimodalRLConfig(inference_args={"enable_sleep_mode": True})
 
 
+def test_lengths_may_be_written_as_vllm_reads_them():
+    config = MultimodalRLConfig(inference_args={"max_model_len": "32k"})
+    command = sync.server_command(config)
+    assert command[command.index("--max-model-len") + 1] == "32k"
+
+
 def test_ipc_meets_vllms_own_worker_engine(monkeypatch):
     """Handshake only: the handles of the tensors themselves need a GPU."""
     from vllm.config.weight_transfer import WeightTransferConfig

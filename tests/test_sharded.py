@@ -128,6 +128,12 @@ def test_lora_leaves_the_base_alone_and_the_server_gets_the_sum(server, tmp_path
     for other in ({"lora_rank": 0}, {"lora_rank": 8}, {"model": "another base"}):
         with pytest.raises(ValueError, match=r"\(model, lora_rank\) is \('.*', 4\) there, but"):
             make_trainer(**{**dataclasses.asdict(again), **other})
+    plain = make_trainer(output_dir=str(tmp_path))
+    plain.resume()
+    plain.step = 1
+    plain.save()
+    with pytest.raises(ValueError, match=r"is \(\) there, but \('', 4\) here"):
+        make_trainer(output_dir=str(tmp_path), resume=True, lora_rank=4)
 
 
 FAILS = """
