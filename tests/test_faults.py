@@ -81,11 +81,11 @@ for line in sys.stdin:
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def fork():
     """fork(words, path) starts `train.py *words` from a process that has imported all; its pid.
 
-    Its output goes to path; fork.ended() waits for (exit code, seconds).
+    Its output goes to path; fork.ended() waits for (exit code, seconds). None outlives the test.
     """
     with subprocess.Popen([sys.executable, "-c", FORKS], cwd=ROOT, text=True, bufsize=1,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -150,6 +150,7 @@ def test_twenty_kills_at_random_instants_lose_nothing_that_was_saved(server, tmp
         while not (folder / f"checkpoint-{last + 1}").exists() and (
                 trial % 2 or not (folder / "unfinished").exists()):
             assert time.monotonic() < deadline, (tmp_path / "out").read_text()
+            os.kill(run, 0)  # raises if it has ended
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 4) if trial % 2 else rng.uniform(0, 0.04))
         os.kill(run, signal.SIGKILL)
