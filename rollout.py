@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from types import SimpleNamespace
 
 import requests
@@ -43,8 +44,8 @@ class Environment:
     weights: Sequence[float] | None = None  # 1 each
 
     def __post_init__(self):
-        names = [getattr(f, "__name__", None) for f in self.rewards]  # scores are logged by them
-        if len({*names} - {None}) < len(names) or len(self.weights or names) != len(names):
+        names = {getattr(f, "__name__", None) for f in self.rewards} - {None}  # scores' names, too
+        if not len(names) == len(self.rewards) == len(self.weights or self.rewards):
             raise ValueError(f"each reward needs a __name__ of its own, and a weight: {names}")
 
 
@@ -75,7 +76,7 @@ class GenerateOutputs(SimpleNamespace):
     @classmethod
     def from_rollouts(cls, rollouts: list[Rollout]) -> "GenerateOutputs":  # of at least one
         columns = {f.name: [getattr(r, f.name) for r in rollouts] for f in fields(Rollout)}
-        columns["metrics"] = {n: [r.metrics[n] for r in rollouts] for n in rollouts[0].metrics}
+        columns["metrics"] = {n: [m[n] for m in columns["metrics"]] for n in rollouts[0].metrics}
         return cls(**columns)
 
     def means(self, prefix: str = "") -> dict[str, float]:
@@ -92,18 +93,17 @@ class GenerateOutputs(SimpleNamespace):
 
 def load_environment(env_id: str, args: dict) -> Environment:
     """Call my_env.load_environment(**args), or envs.my_env's; ValueError says what is wrong."""
-    name, loader = env_id.removesuffix(".py").replace("-", "_").split("/")[-1], None
+    name, loaders = Path(env_id).stem.replace("-", "_"), []
     try:
         for module in filter(importlib.util.find_spec, (name, f"envs.{name}")):
-            loader = loader or getattr(importlib.import_module(module), "load_environment", None)
-        if loader is None:
+            loaders.append(getattr(importlib.import_module(module), "load_environment", None))
+        if not any(loaders):
             raise ValueError(f"no load_environment() in a module {name!r} on sys.path "
                              f"({sys.path[0] or '.'}, ...) or in envs/{name}.py")
-        environment = loader(**args)
-        if not isinstance(environment, Environment):
-            raise ValueError(f"load_environment() returned no Environment, but {environment!r:.99}")
-        if not len(environment.train):
-            raise ValueError("the train split is empty")
+        environment = next(filter(None, loaders))(**args)
+        if not isinstance(environment, Environment) or not len(environment.train):
+            raise ValueError("load_environment() must return an Environment with rows in train, "
+                             f"not {environment!r:.99}")
         return environment
     except (TypeError, ValueError) as error:
         raise ValueError(f"environment {env_id!r}: {error}") from error
@@ -165,8 +165,8 @@ def render_prompt(prompt: list[dict]) -> tuple[list[dict], list[Image.Image]]:
 
 
 def call(url: str, body: dict | None = None, method: str = "post", *, timeout: float,
-         pauses: Sequence[float] = (0.5, 1, 2, 4)) -> requests.Response:
-    """One HTTP call. ServerError without a connection, RuntimeError with a bad answer.
+         pauses: Sequence[float] = (0.5, 1, 2, 4)) -> dict:
+    """What the server answers. ServerError without a connection, RuntimeError with a bad answer.
 
     After each pause it is tried again: the server is busy, or has closed an idle connection.
     """
@@ -175,7 +175,7 @@ def call(url: str, body: dict | None = None, method: str = "post", *, timeout: f
         try:
             response = session.request(method, url, json=body, timeout=timeout)
             if response.ok:
-                return response
+                return response.json() if response.content else {}
             if pause is None or response.status_code < 500:
                 raise RuntimeError(f"{url}: {response.status_code} {response.text[:500]}")
         except requests.ConnectionError as error:
@@ -194,7 +194,7 @@ class Generator:
     def __init__(self, environment: Environment, config, banned: list[int] = (),
                  encode: Callable | None = None):
         self.environment, self.config, self.encode = environment, config, encode
-        self.url, self.version = config.url, 0  # the step whose weights the server has
+        self.url = config.url
         self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
         atexit.register(self.pool.terminate)
         # The sampling distribution must be the softmax that the trainer differentiates. By itself
@@ -206,8 +206,7 @@ class Generator:
                         "logprobs": True}
 
     def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
-        return call(f"{self.url}/{route}", body, method,
-                    timeout=self.config.generation_timeout).json()
+        return call(f"{self.url}/{route}", body, method, timeout=self.config.generation_timeout)
 
     def begin(self, step: int, num_prompts: int, group_size: int) -> Callable[[], GenerateOutputs]:
         """The step's prompts, group_size times each, from shuffled epochs; see submit."""
@@ -231,7 +230,7 @@ class Generator:
         What failed is left out and named in `dropped`. ServerError if the server is lost or hangs,
         RuntimeError if more than max_dropped failed. generation_timeout is for rewards, too.
         """
-        dropped, version = [], self.version
+        dropped = []
         groups = [(job, self.pool.apply_async(self.group, (*job, dropped))) for job in jobs]
 
         def collect() -> GenerateOutputs:
@@ -246,24 +245,20 @@ class Generator:
                     dropped.extend([(index, error)] * n)
             reasons = [f"example {i}: {type(why).__name__}: {why}" for i, why in dropped]
             if any(isinstance(why, requests.Timeout) for _, why in dropped):
-                self.check_engine()
+                try:  # to sample a token: the health route would not notice an engine that hangs
+                    self.call("v1/completions", {"prompt": "a", "max_tokens": 1})
+                except requests.Timeout as error:
+                    raise ServerError(f"{self.url} hangs: {error}") from error
             if not rollouts or len(dropped) > self.config.max_dropped * (
                     len(dropped) + len(rollouts)):
                 raise RuntimeError(f"{self.url}: {len(dropped)} completions failed and "
                                    f"{len(rollouts)} did not (see max_dropped); the last: "
                                    f"{reasons[-1]}") from dropped[-1][1]
             outputs = GenerateOutputs.from_rollouts(rollouts)
-            vars(outputs).update(dropped=reasons, weight_version=version)
+            outputs.dropped = reasons
             return outputs
 
         return collect
-
-    def check_engine(self) -> None:
-        """ServerError if nothing is sampled any more: the health route would not know."""
-        try:
-            self.call("v1/completions", {"prompt": "a", "max_tokens": 1})
-        except requests.Timeout as error:
-            raise ServerError(f"{self.url} hangs: {error}") from error
 
     def group(self, rows: Sequence[dict], index: int, n: int, seed: int,
               dropped: list) -> list[Rollout]:
@@ -282,22 +277,18 @@ class Generator:
         for choice in reply["choices"]:
             text = choice["message"]["content"] or ""
             try:
-                reward, scores = self.score(text, shared["answer"], shared["info"])
+                scores = {f.__name__: f(text, shared["answer"], **shared["info"])
+                          for f in self.environment.rewards}
+                if any(isinstance(x, str) or not math.isfinite(x) for x in scores.values()):
+                    raise ValueError(f"rewards must be finite numbers, not {scores}")
             except Exception as error:  # reward functions, too, can fail in any way
                 dropped.append((index, error))
                 continue
+            weights = self.environment.weights or [1.0] * len(scores)
             rollouts.append(Rollout(
-                completion=text, reward=reward, metrics=scores, completion_ids=choice["token_ids"],
+                completion=text, completion_ids=choice["token_ids"],
                 completion_logprobs=[t["logprob"] for t in choice["logprobs"]["content"]],
-                finish_reason=choice["finish_reason"], finished=time.perf_counter(), **shared))
+                finish_reason=choice["finish_reason"], finished=time.perf_counter(),
+                reward=float(sum(w * x for w, x in zip(weights, scores.values(), strict=True))),
+                metrics={name: float(x) for name, x in scores.items()}, **shared))
         return rollouts
-
-    def score(self, completion: str, answer: str, info: dict) -> tuple[float, dict[str, float]]:
-        """(reward, the value of each reward function); ValueError if one is no finite number."""
-        rewards = self.environment.rewards
-        scores = {f.__name__: f(completion, answer, **info) for f in rewards}
-        if any(isinstance(score, str) or not math.isfinite(score) for score in scores.values()):
-            raise ValueError(f"rewards must be finite numbers, not {scores}")
-        weights = self.environment.weights or [1.0] * len(scores)
-        return (sum(w * float(s) for w, s in zip(weights, scores.values(), strict=True)),
-                {name: float(score) for name, score in scores.items()})

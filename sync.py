@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -22,8 +21,7 @@ import requests
 import torch
 from torch import Tensor
 
-import rollout
-from rollout import ServerError
+from rollout import ServerError, call
 
 # How exceptions, with two lines of what they say, and mistakes in flags end vLLM's log.
 ERRORS = r"(?m)^(?:\(.*?\) )?((?:[\w.]+Error|\S+: error): .*(?:\n.*){0,2})"
@@ -33,17 +31,16 @@ GUARD = 'exec 3<&0; (read line <&3; kill -9 0) & exec "$@" </dev/null 3<&-'
 
 def server_command(config) -> list[str]:
     """vLLM's OpenAI server for RL; any flag of its by [inference.args], as JSON or --no-."""
-    args, gpus = config.inference_args, config.server_gpus
     flags = {"model": config.model, "port": config.vllm_server_port, "host": "127.0.0.1",
              "logprobs_mode": "processed_logprobs",
-             "weight_transfer_config": {"backend": "ipc" if config.backend == "ipc" else "nccl"}}
-    if not gpus:  # vLLM 0.32 crashes on a CPU when the prefill of a request with a seed is chunked
+             "weight_transfer_config": {"backend": config.backend.replace("gloo", "nccl")}}
+    if not config.server_gpus:  # vLLM 0.32 crashes when a CPU chunks a prefill that has a seed
         flags |= {"worker_extension_cls": "sync.GlooWorker", "enable_chunked_prefill": False}
-    elif gpus > 1 and not {"tensor_parallel_size", "data_parallel_size"} & args.keys():
-        flags["tensor_parallel_size"] = gpus
+    elif "data_parallel_size" not in config.inference_args:
+        flags["tensor_parallel_size"] = config.server_gpus
     # not the `vllm` command: the CPU package's does not work
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    for key, value in (flags | args).items():
+    for key, value in (flags | config.inference_args).items():
         command.append(("--no-" if value is False else "--") + key.replace("_", "-"))
         if not isinstance(value, bool):
             command.append(value if isinstance(value, str) else json.dumps(value))
@@ -51,20 +48,21 @@ def server_command(config) -> list[str]:
 
 
 class Server:
-    """A config's vLLM server while the context lasts: the one that is up, else a process of ours.
+    """A config's vLLM server: the one that is up, else, inside of `with`, a process of ours.
 
     Ours only on this machine; its output goes to output_dir/run_name-vllm.log. ValueError if it
     cannot start, TimeoutError if nothing answers in vllm_server_timeout seconds.
     """
 
-    def __init__(self, config, ours: bool = True):
-        self.config, self.url, self.timeout = config, config.url, config.vllm_server_timeout
-        self.ours, self.process = ours and config.local, None
+    def __init__(self, config):
+        self.config, self.url, self.patience = config, config.url, config.vllm_server_timeout
+        self.ours, self.process = False, None
+        self.engine = self.version = None  # our side of the transfer; the weights that it has
         direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
         os.environ["no_proxy"] = f"{direct},{urlsplit(self.url).hostname}"  # it would not reach it
 
     def __enter__(self) -> "Server":
-        self.ours = self.ours and not self.is_healthy()
+        self.ours = self.config.local and not self.is_healthy()
         try:
             self.restore()
             return self
@@ -75,17 +73,17 @@ class Server:
     def restore(self) -> None:
         """Start our own process (anew), or wait until somebody else's answers (again)."""
         self.stop()
+        self.engine, self.version, start = None, None, time.monotonic()
         log = Path(self.config.output_dir, f"{self.config.run_name}-vllm.log")
         if self.ours:
             self.start(log)
-        start = time.monotonic()
         while not self.is_healthy():
             waited = time.monotonic() - start
             if self.process and self.process.poll() is not None:
                 text = log.read_text(errors="replace")
                 errors = " | ".join((re.findall(ERRORS, text) or text.splitlines())[-2:])
                 raise ValueError(f"vLLM ended, code {self.process.returncode} ({log}): {errors}")
-            if waited > self.timeout:
+            if waited > self.patience:
                 raise TimeoutError(f"no vLLM server at {self.url} after {waited:.0f} s (see vllm_"
                                    "server_timeout); start one: `python sync.py @ CONFIG`")
             if int(waited) % 5 == 0:
@@ -94,23 +92,17 @@ class Server:
 
     def start(self, log: Path) -> None:
         """Run our own, in a session of its own, so that Ctrl-C reaches us alone."""
-        port = self.config.vllm_server_port
-        try:
-            socket.create_server(("127.0.0.1", port)).close()
-        except OSError as error:
-            raise ValueError(f"vllm_server_port {port}: {error.strerror}, and not by a healthy "
-                             "vLLM server; choose another port") from error
-        here, ipc = str(Path(__file__).parent), self.config.backend == "ipc"
+        config = self.config
+        path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
         env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ,
-               "VLLM_SERVER_DEV_MODE": "1",  # the RL routes
-               "VLLM_ALLOW_INSECURE_SERIALIZATION": str(int(ipc)),  # of handles to GPU memory
-               "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
-        if self.config.server_gpus:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(self.config.server_gpus)))
+               "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": os.pathsep.join(path),
+               "VLLM_ALLOW_INSECURE_SERIALIZATION": str(int(config.backend == "ipc"))}
+        if config.server_gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(config.server_gpus)))
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as out:
             self.process = subprocess.Popen(
-                ["sh", "-c", GUARD, "sh", *server_command(self.config)], env=env, stdout=out,
+                ["sh", "-c", GUARD, "sh", *server_command(config)], env=env, stdout=out,
                 stderr=out, stdin=subprocess.PIPE, start_new_session=True)
 
     def stop(self, *_) -> None:
@@ -129,103 +121,88 @@ class Server:
             return requests.get(f"{self.url}/health", timeout=5).ok
         return False
 
+    def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
+        return call(f"{self.url}/{route}", body, method, pauses=(1,),
+                    timeout=self.config.vllm_server_timeout)
 
-class CheckpointSource:
-    """A model's weights under their checkpoint names, layer by layer (a vLLM WeightSource).
-
-    weights: by the model's names, which for many families are others; transformers knows the way
-    back. Tied ones go under every name: without lm_head vLLM would keep its old one. From a GPU
-    they go as bfloat16.
-    """
-
-    def __init__(self, model, weights: dict[str, Tensor], device: torch.device):
-        self.model, self.weights, self.device = model, weights, device
-
-    @functools.cache  # names and shapes stay; the tensors are materialized for them only once
-    def metadata(self) -> list:
-        """(name, dtype, shape) of all that iteration yields."""
-        from vllm.distributed.weight_transfer import ParamMeta
-        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """(checkpoint name, tensor); one layer at a time exists as a copy."""
-        from transformers.core_model_loading import revert_weight_conversion
-        layers: dict[str, dict] = {}  # no conversion reaches across layers
-        for name, tensor in self.weights.items():
-            layers.setdefault(re.match(r".*?\.\d+\.|", name).group(), {})[name] = tensor
-        for layer in layers.values():
-            for name, tensor in revert_weight_conversion(self.model, layer).items():
-                dtype = torch.bfloat16 if self.device.type == "cuda" else tensor.dtype
-                yield name, tensor.to(self.device, dtype).contiguous()
-
-
-class WeightSync:
-    """Sends weights to a config's server by vLLM's own engine; config.backend says by which."""
-
-    def __init__(self, config, source: CheckpointSource):
-        self.url, self.timeout = config.url, config.vllm_server_timeout
-        self.backend, self.source, self.engine, self.asleep = config.backend, source, None, False
-
-    def call(self, route: str, body: dict | None = None, method: str = "post"):
-        return rollout.call(f"{self.url}/{route}", body, method, timeout=self.timeout, pauses=(1,))
-
-    def sleep(self) -> None:
-        """Leave the GPU memory of the server to the trainer until send() (vLLM's sleep mode)."""
-        self.call("sleep?level=1")
-        self.asleep = True
-
-    def send(self, version: int) -> None:
+    def send(self, source: "CheckpointSource", version: int) -> None:
         """One whole update, checked by weight_version; ServerError if anything of it fails.
 
         Requests in flight go on, with the new weights. Every cache goes: image features are keyed
         by the image alone, not by the vision tower.
         """
         try:
-            if self.asleep:
+            if self.config.inference_args.get("enable_sleep_mode"):
                 self.call("wake_up")
-            self.asleep = False
-            engine, self.engine = self.engine or self.meet(), None  # after an error: meet again
+            engine, self.engine = self.engine or self.meet(source), None  # an error: meet again
             self.call("pause?mode=keep")
             engine.send_weights()
             self.call("update_weight_version", {"new_version": str(version)})
             for cache in ("prefix_cache?reset_running_requests=true", "mm_cache", "encoder_cache"):
                 self.call(f"reset_{cache}")
             self.call("resume")
-            served = self.call("weight_info", method="get").json()["weight_version"]
+            served = self.call("weight_info", method="get")["weight_version"]
             if served != str(version):
                 raise RuntimeError(f"it serves {served!r}")
-            self.engine = engine
+            self.engine, self.version = engine, version
         except (OSError, RuntimeError) as error:
             raise ServerError(f"weights {version} did not reach {self.url}: {error}") from error
 
-    def meet(self):
+    def meet(self, source: "CheckpointSource"):
         """A new group with the workers, whoever's group they are in; the trainer's side of it."""
         from vllm.distributed.weight_transfer import (
             HTTPVLLMWeightSyncClient, ipc_engine, nccl_engine)
-        client = HTTPVLLMWeightSyncClient(self.url, self.timeout)
+        client = HTTPVLLMWeightSyncClient(self.url, self.config.vllm_server_timeout)
+        ends = {"client": client, "source": source}
         try:
             self.call("shutdown_weight_transfer_engine")
         except RuntimeError:  # a trainer died in an update: one that cannot be read ends it
             with contextlib.suppress(RuntimeError):
                 self.call("update_weights", {"update_info": {}})
             self.call("shutdown_weight_transfer_engine")
-        if self.backend == "ipc":
+        if self.config.backend == "ipc":
             return ipc_engine.IPCTrainerWeightTransferEngine.trainer_init(
-                ipc_engine.IPCTrainerInitInfo(rank=0, packed=True),
-                client=client, source=self.source)
+                ipc_engine.IPCTrainerInitInfo(rank=0, packed=True), **ends)
         server = urlsplit(self.url)
-        with socket.create_connection((server.hostname, server.port), self.timeout) as connection:
+        with socket.create_connection((server.hostname, server.port), 60) as connection:
             address = connection.getsockname()[0]  # ours, as the server can reach it
         with socket.create_server((address, 0)) as probe:
             port = probe.getsockname()[1]
-        workers = self.call("get_world_size", method="get").json()["world_size"]
-        if self.backend == "gloo":
+        workers = self.call("get_world_size", method="get")["world_size"]
+        if self.config.backend == "gloo":
             GlooWorker.use_gloo()
             self.call("collective_rpc", {"method": "use_gloo"})
         return nccl_engine.NCCLTrainerWeightTransferEngine.trainer_init(
             nccl_engine.NCCLTrainerInitInfo(address, port, workers + 1, rank=0,
-                                            packed=self.backend == "nccl"),
-            client=client, source=self.source)
+                                            packed=self.config.backend == "nccl"), **ends)
+
+
+class CheckpointSource:
+    """A model's weights under their checkpoint names, layer by layer (a vLLM WeightSource).
+
+    weights: by the model's names, which for many families are others; transformers knows the way
+    back. Tied ones go under every name: without lm_head vLLM would keep its old one.
+    """
+
+    def __init__(self, model, weights: dict[str, Tensor]):
+        self.model, self.weights = model, weights
+
+    @functools.cache  # names and shapes stay; the tensors are materialized for them only once
+    def metadata(self) -> list:
+        from vllm.distributed.weight_transfer import ParamMeta
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+
+    def __iter__(self):
+        """Yields (checkpoint name, tensor); one layer at a time exists as a copy."""
+        from transformers.core_model_loading import revert_weight_conversion
+        layers: dict[str, dict] = {}  # no conversion reaches across layers
+        for name, tensor in self.weights.items():
+            layers.setdefault(re.match(r".*?\.\d+\.|", name).group(), {})[name] = tensor
+        device = self.model.device
+        for layer in layers.values():
+            for name, tensor in revert_weight_conversion(self.model, layer).items():
+                dtype = torch.bfloat16 if device.type == "cuda" else tensor.dtype
+                yield name, tensor.to(device, dtype).contiguous()
 
 
 class Gloo:

@@ -332,7 +332,7 @@ def test_two_steps_on_a_real_server(server, tmp_path):
     with served(config) as trainer:
         before = [p.detach().clone() for p in trainer.model.parameters()]
         trainer.train()
-        served_version = trainer.weights.call("weight_info", method="get").json()["weight_version"]
+        served_version = trainer.server.call("weight_info", method="get")["weight_version"]
         assert served_version == "2"
         found = trainer.calibrate(trainer.build_batch(trainer.generator.begin(5, 4, 4)()))
     assert found["max"] < 1e-5  # a server with the old weights would be 1e-2 off

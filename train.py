@@ -7,7 +7,6 @@ import collections
 import contextlib
 import difflib
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -16,13 +15,12 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
-# Before torch: threads that spin while they wait take the cores of a server on the same CPU, and
-# it theirs. A step of the default run takes 0.6 instead of 1.5 seconds.
+# Before torch: threads that spin while they wait take the cores of a server on the same CPU: a
+# step of the default run would take 1.5 instead of 0.6 seconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy
@@ -44,10 +42,11 @@ from rollout import GenerateOutputs, Generator, ServerError, load_environment
 ATTEMPTS = 3  # at anything that needs the server, and at finite numbers, before the run ends
 CAUSES = ("weights that do not arrive, a server without --logprobs-mode processed_logprobs, "
           "another dtype or attention kernel, or other pixel limits in the server's processor")
+MEANS = ("ir", "ent", "kl", "masked_fraction", "clip_fraction")
 MAY_BE_ZERO = ("mask_ratio_low", "max_dropped", "async_steps", "sync_to_vllm_every",
                "inference_gpus", "trainer_gpus")
 AT_MOST = {"mask_ratio_low": 1, "clip_low": 1, "max_dropped": 1, "vllm_server_port": 65535}
-FULL = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+FULL = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 LORA_SCALE = 2
 
 
@@ -131,10 +130,6 @@ class MultimodalRLConfig:
         return self.batch_size // self.rollouts_per_step
 
     @property
-    def adapts(self) -> tuple:  # a checkpoint's adapters fit no other model and rank
-        return (self.model, self.lora_rank) if self.lora_rank else ()
-
-    @property
     def local(self) -> bool:  # then train.py may start the server
         return self.vllm_server_host in ("0.0.0.0", "127.0.0.1", "localhost")
 
@@ -167,8 +162,7 @@ def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
 
     def read(table: dict, prefix: str = "") -> None:
         for key, value in table.items():
-            name = KEYS.get(prefix + key)
-            if name:
+            if name := KEYS.get(prefix + key):
                 merge = isinstance(value, dict) and isinstance(values.get(name), dict)
                 values[name] = values[name] | value if merge else value
             elif isinstance(value, dict):
@@ -190,10 +184,9 @@ def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
                 read(tomli.loads(f"{key} = {text}"))
             except tomli.TOMLDecodeError:
                 read(tomli.loads(f"{key} = {json.dumps(text)}"))
-        config = MultimodalRLConfig(**values)
-        if not config.model or not config.env_id:
+        if not values.get("model") or not values.get("env_id"):
             raise ValueError('it must set model = "..." and [env] id = "..."')
-        return config
+        return MultimodalRLConfig(**values)
     except (OSError, ValueError) as error:  # tomli's errors are ValueErrors
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
@@ -276,23 +269,22 @@ class MultimodalGRPOTrainer:
         self.environment = config.env_id and load_environment(config.env_id, config.env_args)
         if self.environment and config.eval_every_steps and not len(self.environment.eval):
             raise ValueError(f"eval_every_steps: {config.env_id!r} has no held-out split")
-        self.run_dir = Path(config.output_dir, config.run_name)
-        self.wandb = None
+        self.run_dir, self.wandb = Path(config.output_dir, config.run_name), None
         if config.wandb_project and self.rank == 0:
-            self.wandb = importlib.import_module("wandb").init(
-                project=config.wandb_project, name=config.run_name, config=asdict(config))
+            import wandb
+            self.wandb = wandb.init(project=config.wandb_project, name=config.run_name,
+                                    config=asdict(config))
         self.step = self.saved = self.bad_steps = self.stopping = self.seconds_sync = 0
-        self.common_error = None  # the last one that all ranks had
+        self.metrics_bytes = self.common_error = None  # of the run that goes on; of all ranks
         self.banned = vision_token_ids(model.config)
-        self.hidden_size = model.config.get_text_config().hidden_size
         # dropout would make the trainer another policy than the one that sampled; but
         # Hugging Face checkpoints gradients in training mode alone, and then without a cache
         model.train(config.gradient_checkpointing)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.can_share, self.calibrated = not config.gradient_checkpointing, False
+        transformers.set_seed(config.seed)  # the same adapters on every rank
         if config.lora_rank:
-            torch.manual_seed(config.seed)  # the same on every rank
             add_adapters(model, config.lora_rank)
         if config.freeze_vision:
             parts = torch.nn.ModuleList([model.get_decoder(), model.get_output_embeddings()])
@@ -301,14 +293,13 @@ class MultimodalGRPOTrainer:
         self.logprobs = Policy(model, config.temperature, self.banned)
         if self.world > 1:
             shard(self.logprobs)
-        self.device = next(model.parameters()).device
+        self.device = model.device
         self.optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad),
                                            config.learning_rate, weight_decay=config.weight_decay)
-        self.checkpoint = self.on_lead(self.choose_checkpoint)  # to go on from
+        self.resume()
+        self.source = sync.CheckpointSource(model, self.full_weights())
+        self.server, self.generator = sync.Server(config), None
         self.ahead = collections.deque()  # steps whose rollouts are under way
-        self.server, self.generator = sync.Server(config, ours=False), None
-        self.source = sync.CheckpointSource(model, self.full_weights(), self.device)
-        self.weights = sync.WeightSync(config, self.source)
 
     def train(self) -> None:
         """Sync, roll out, update, until max_steps. The server must be up, or come up in time.
@@ -316,8 +307,7 @@ class MultimodalGRPOTrainer:
         Continues an earlier run if config.resume says so. An error leaves a checkpoint behind.
         """
         config = self.config
-        self.resume()
-        self.on_lead(self.connect)
+        self.on_lead(self.open_run_dir)
         bar = tqdm(total=config.max_steps, initial=self.step, disable=self.rank > 0)
         try:
             while self.step < config.max_steps and not self.on_lead(lambda: self.stopping):
@@ -346,7 +336,7 @@ class MultimodalGRPOTrainer:
         """End train() after the step at hand, with a checkpoint; the second time: exit at once."""
         if self.stopping and self.world == 1:  # torchrun sends a second one by itself
             sys.exit(128 + number)
-        self.stopping, self.server.timeout = number, 0  # nor wait for a server any longer
+        self.stopping, self.server.patience = number, 0  # nor wait for a server any longer
 
     def on_lead(self, action):
         """action() on rank 0; every rank gets its result, or its exception."""
@@ -363,70 +353,65 @@ class MultimodalGRPOTrainer:
             raise found[1]
         return found[0]
 
-    def connect(self) -> None:
-        """Wait for the server; send it our weights, whatever it served before."""
-        if not self.server.is_healthy():
-            self.server.restore()
-        self.generator = Generator(self.environment, self.config, self.banned,
-                                   self.adapter.encode if self.adapter.processor else None)
-        self.retried(self.send_weights)
-
-    def with_server(self, action):
+    def with_server(self, action=lambda: None):
         """action() on rank 0, on a server with our weights; restored, if lost, and tried again."""
-        return self.on_lead(lambda: self.retried(action))
+        def attempts():
+            for left in reversed(range(ATTEMPTS)):
+                try:
+                    self.generator = self.generator or Generator(
+                        self.environment, self.config, self.banned,
+                        self.adapter.encode if self.adapter.processor else None)
+                    self.send_weights()
+                    return action()
+                except ServerError as error:
+                    if not left:
+                        raise
+                    tqdm.write(f"{error}; restoring the server")
+                    self.ahead.clear()  # what was under way is lost, too
+                    self.server.restore()
 
-    def retried(self, action):
-        for attempts_left in reversed(range(ATTEMPTS)):
-            try:
-                self.send_weights()
-                return action()
-            except ServerError as error:
-                if not attempts_left:
-                    raise
-                tqdm.write(f"{error}; restoring the server")
-                self.ahead.clear()  # what was under way is lost, too
-                self.weights.engine = None  # and the group with the old server
-                self.server.restore()
+        return self.on_lead(attempts)
 
     def send_weights(self) -> None:
         """Send them if sync_to_vllm_every says so, or if the server has none of ours."""
-        every, now = self.config.sync_to_vllm_every, self.generator.version == self.step
-        if every and (self.weights.engine is None or self.step % every == 0 and not now):
+        every, has = self.config.sync_to_vllm_every, self.server.version
+        if every and (has is None or self.step % every == 0 and has != self.step):
             start = time.perf_counter()
-            self.weights.send(self.step)
-            self.generator.version, self.seconds_sync = self.step, time.perf_counter() - start
+            self.server.send(self.source, self.step)
+            self.seconds_sync = time.perf_counter() - start
 
     def rollouts(self) -> GenerateOutputs:
         """This step's completions; those of the next async_steps are begun in the background."""
         config = self.config
         end = min(self.step + 1 + config.async_steps, config.max_steps)
         for step in range(self.step + len(self.ahead), end):
-            self.ahead.append(self.generator.begin(step, config.rollouts_per_step,
-                                                   config.group_size))
-        outputs = self.ahead.popleft()()
-        if config.inference_args.get("enable_sleep_mode"):
-            self.weights.sleep()
+            self.ahead.append((self.server.version or 0, self.generator.begin(
+                step, config.rollouts_per_step, config.group_size)))
+        version, collect = self.ahead.popleft()
+        outputs = collect()
+        outputs.weight_version = version
+        if config.inference_args.get("enable_sleep_mode"):  # until the next weights
+            self.server.call("sleep?level=1")
         return outputs
 
     def full_weights(self) -> dict[str, Tensor]:
         """Every weight by name, adapters folded in; of sharded ones a copy, on rank 0 alone."""
-        weights = (self.model.state_dict() if self.world == 1 else
-                   sharded.get_model_state_dict(self.model, options=FULL))
-        return fold_adapters(weights) if self.config.lora_rank else weights
+        return fold_adapters(self.model.state_dict() if self.world == 1 else
+                             sharded.get_model_state_dict(self.model, options=FULL))
 
-    def deal(self, batch: MultimodalBatch) -> Iterator[tuple[MultimodalBatch, bool, bool]]:
-        """This rank's micro-batches of the step: (the batch, share its prompts?, does it count?).
+    def deal(self, batch: MultimodalBatch):
+        """Yields this rank's micro-batches: (batch, are its prompts shared?, does it count?).
 
         Ranks must make the same calls of the sharded model. So those of one turn are alike: with
         images or without, and neighbours in length; who gets none repeats another's for nothing.
         """
-        size, share = self.config.micro_batch_size, self.config.share_prompt
-        micros = list(batch.micro_batches(size, self.world))
+        share, hidden = self.config.share_prompt, self.model.config.get_text_config().hidden_size
+        micros = list(batch.micro_batches(self.config.micro_batch_size, self.world))
         for images in (True, False):
             alike = [micro for micro in micros if bool(micro.image_rows) == images]
             for start in range(0, len(alike), self.world):
                 turn = alike[start:start + self.world]
-                pays = share is None and all(m.sharing_pays(self.hidden_size) for m in turn)
+                pays = share is None and all(m.sharing_pays(hidden) for m in turn)
                 counts = self.rank < len(turn)
                 yield turn[self.rank * counts], self.can_share and bool(share or pays), counts
 
@@ -448,11 +433,15 @@ class MultimodalGRPOTrainer:
                 mask_ratio_high=config.mask_ratio_high, clip_low=config.clip_low,
                 clip_high=config.clip_high)
             (loss * self.world * counts).backward()  # FSDP takes the mean over the ranks
-            if counts:
-                sums.update({name: value.item() for name, value in part.items()}, loss=loss.item(),
-                            cells=micro.input_ids.numel(), real=micro.attention_mask.sum().item(),
-                            shared=share * len(micro))
-        sums, norm = self.total(sums), self.clip_gradients(config.max_grad_norm)
+            real = micro.attention_mask
+            part |= {"loss": loss, "real": real.sum(), "padding": (1 - real).sum(),
+                     "shared": real[:, 0].sum() * share}
+            sums.update({name: value.item() * counts for name, value in part.items()})
+        if self.world > 1:
+            values = torch.tensor([*sums.values()], dtype=torch.float64, device=self.device)
+            distributed.all_reduce(values)
+            sums = collections.Counter(dict(zip(sums, values.tolist())))
+        norm = self.clip_gradients(config.max_grad_norm)
         lr = config.learning_rate * min(1.0, (self.step + 1) / max(1, config.warmup_steps))
         self.optimizer.param_groups[0]["lr"] = lr
         if finite := math.isfinite(sums["loss"] + norm):
@@ -464,22 +453,12 @@ class MultimodalGRPOTrainer:
         self.step += 1
         if config.sync_to_vllm_every and self.step % config.sync_to_vllm_every == 0:
             self.source.weights = self.full_weights()
-        means = {name: sums[name] / max(sums["tokens"], 1)
-                 for name in ("ir", "ent", "kl", "masked_fraction", "clip_fraction")}
-        return {"step": self.step, "loss": sums["loss"], **means, "grad_norm": norm, "lr": lr,
+        return {"step": self.step, "loss": sums["loss"], "grad_norm": norm, "lr": lr,
+                **{name: sums[name] / max(sums["tokens"], 1) for name in MEANS},
                 "skipped": int(not finite), "tokens": num_tokens,
                 "shared_fraction": sums["shared"] / len(batch),
-                "padding_fraction": 1 - sums["real"] / max(sums["cells"], 1),
+                "padding_fraction": sums["padding"] / max(sums["padding"] + sums["real"], 1),
                 **rollout_metrics(batch, outputs)}
-
-    def total(self, sums: collections.Counter) -> collections.Counter:
-        """Those of all ranks, added up."""
-        found, total = [sums] * self.world, collections.Counter()
-        if self.world > 1:
-            distributed.all_gather_object(found, sums)
-        for part in found:
-            total.update(part)
-        return total
 
     def clip_gradients(self, most: float) -> float:
         """Their norm, before they are clipped."""
@@ -543,8 +522,7 @@ class MultimodalGRPOTrainer:
                  "kl": (off.expm1() - off).mean().item()}
         tqdm.write(said := f"trainer and server: logprobs of {len(off)} tokens differ by "
                    "{max:.1e} at most, {mean:.1e} in the mean; KL {kl:.1e}".format(**found))
-        served = self.on_lead(lambda: self.generator is not None)
-        if served and self.config.sync_to_vllm_every and found["mean"] > mean_exact:
+        if self.on_lead(lambda: self.server.version is not None and found["mean"] > mean_exact):
             self.common_error = RuntimeError(f"{said}. These are different policies: {CAUSES}; "
                                              "or vLLM computes this model in another way")
             raise self.common_error
@@ -598,21 +576,18 @@ class MultimodalGRPOTrainer:
         """
         if self.saved == self.step:
             return
-        self.saved, weights = self.step, self.full_weights()
-        optimizer = sharded.get_optimizer_state_dict(self.model, self.optimizer, options=FULL)
-        adapters = {} if not self.config.lora_rank else sharded.get_model_state_dict(
-            self.model, options=FULL)
+        self.saved = self.step
+        weights, optimizer = sharded.get_state_dict(self.model, self.optimizer, options=FULL)
         if self.rank > 0:
             return
         partial, target = self.run_dir / "unfinished", self.run_dir / f"checkpoint-{self.step}"
         for left_over in (partial, target):
             shutil.rmtree(left_over, ignore_errors=True)
-        self.model.save_pretrained(partial, state_dict=weights)
+        self.model.save_pretrained(partial, state_dict=fold_adapters(weights))
         (self.adapter.processor or self.tokenizer).save_pretrained(partial)
         name, keys, *rest = numpy.random.get_state()
         torch.save({"step": self.step, "optimizer": optimizer, "torch": torch.get_rng_state(),
-                    "adapts": self.config.adapts,
-                    "adapters": {k: v for k, v in adapters.items() if ".lora_" in k},
+                    "unfolded": weights if self.config.lora_rank else None,
                     "cuda": torch.cuda.get_rng_state_all(), "python": random.getstate(),
                     "numpy": (name, keys.tolist(), *rest),
                     "metrics_bytes": os.path.getsize(self.run_dir / "metrics.jsonl")},
@@ -628,50 +603,43 @@ class MultimodalGRPOTrainer:
         """Those of this run, the newest last."""
         return sorted(self.run_dir.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime_ns)
 
-    def choose_checkpoint(self) -> Path | None:
-        """The one at config.resume, if True this run's newest whole one; ValueError: unfit."""
-        wanted, own = self.config.resume, self.checkpoints()[::-1]
-        for path in [Path(wanted)] if isinstance(wanted, str) else own if wanted else []:
-            if is_whole(path):
-                there = torch.load(path / "trainer.pt", weights_only=True, mmap=True)["adapts"]
-                if there != self.config.adapts:
-                    raise ValueError(f"{path}: (model, lora_rank) is {there} there, "
-                                     f"but {self.config.adapts} here")
-                return path
-            tqdm.write(f"{path} is damaged or incomplete")
-        if isinstance(wanted, str):
-            raise ValueError(f"resume = {wanted!r} is no whole checkpoint")
-
     def resume(self) -> None:
-        """Load weights, optimizer, step and random generators of the checkpoint, if there is one.
+        """Load what config.resume names: weights, optimizer, step and random generators.
 
-        The metrics after it are cut off. The folder of a run that is not continued is renamed.
+        ValueError if that is damaged or does not fit. If it is True, damaged ones are passed over.
         """
-        path, metrics = self.checkpoint, self.run_dir / "metrics.jsonl"
-        transformers.set_seed(self.config.seed)
-        if path:
-            state = torch.load(path / "trainer.pt", weights_only=True, mmap=True)
-            weights = state["adapters"] or type(self.model).from_pretrained(
-                path, dtype=self.model.dtype).state_dict()
-            sharded.set_model_state_dict(self.model, weights, options=FULL)
-            sharded.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"],
-                                             options=FULL)
-            torch.set_rng_state(state["torch"])
-            torch.cuda.set_rng_state_all(state["cuda"])
-            random.setstate(state["python"])
-            numpy.random.set_state(state["numpy"])
-            self.step = self.saved = state["step"]
-            self.source.weights = self.full_weights()
-            tqdm.write(f"resumed from {path}")
-        if self.rank > 0:
+        wanted = self.config.resume
+        found = [Path(wanted)] if isinstance(wanted, str) else self.checkpoints()[::-1] * wanted
+        path = self.on_lead(lambda: next(filter(is_whole, found), None))
+        if not path:
+            if isinstance(wanted, str):
+                raise ValueError(f"resume = {wanted!r} is no whole checkpoint")
             return
-        if path and path.resolve().parent == self.run_dir.resolve():
-            metrics.touch()
-            os.truncate(metrics, min(state["metrics_bytes"], os.path.getsize(metrics)))
-        elif metrics.exists():
+        state = torch.load(path / "trainer.pt", weights_only=True, mmap=True)
+        weights = state["unfolded"] or type(self.model).from_pretrained(
+            path, dtype=self.model.dtype).state_dict()
+        try:
+            sharded.set_state_dict(self.model, self.optimizer, model_state_dict=weights,
+                                   optim_state_dict=state["optimizer"], options=FULL)
+        except RuntimeError as error:
+            raise ValueError(f"{path} is of another model or lora_rank: {error!s:.300}") from error
+        torch.set_rng_state(state["torch"])
+        torch.cuda.set_rng_state_all(state["cuda"])
+        random.setstate(state["python"])
+        numpy.random.set_state(state["numpy"])
+        self.step = self.saved = state["step"]
+        if path.resolve().parent == self.run_dir.resolve():
+            self.metrics_bytes = state["metrics_bytes"]
+        tqdm.write(f"resumed from {path}")
+
+    def open_run_dir(self) -> None:
+        """Cut off the metrics after the checkpoint; the folder of a run given up is renamed."""
+        metrics = self.run_dir / "metrics.jsonl"
+        if metrics.exists() and self.metrics_bytes is None:
             self.run_dir.rename(f"{self.run_dir}-past-{time.time_ns()}")
         self.run_dir.mkdir(parents=True, exist_ok=True)
         metrics.touch()
+        os.truncate(metrics, min(self.metrics_bytes or 0, os.path.getsize(metrics)))
 
 
 def shard(policy: Policy) -> None:
@@ -711,10 +679,11 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether every file of the checkpoint is there, with the bytes that were written."""
-    try:
-        return json.loads((checkpoint / "checksums.json").read_text()) == checksums(checkpoint)
-    except (OSError, ValueError):
-        return False
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads((checkpoint / "checksums.json").read_text()) == checksums(checkpoint):
+            return True
+    tqdm.write(f"{checkpoint} is damaged or incomplete")
+    return False
 
 
 def rollout_metrics(batch: MultimodalBatch, outputs: GenerateOutputs) -> dict[str, float]:
@@ -728,7 +697,7 @@ def rollout_metrics(batch: MultimodalBatch, outputs: GenerateOutputs) -> dict[st
 
 
 @contextlib.contextmanager
-def mistakes() -> Iterator[None]:
+def mistakes():
     """An error in here is a mistake of the user's: one line and exit code 2."""
     try:
         yield
@@ -742,10 +711,9 @@ def command_line(program: str) -> MultimodalRLConfig:
     transformers.logging.disable_progress_bar()  # an error is one line
     for number in (signal.SIGINT, signal.SIGTERM):  # unwind, so that a server of ours is stopped
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    words = " ".join(sys.argv[1:2]).removeprefix("@").split() + sys.argv[2:]
-    if not words or not sys.argv[1].startswith("@"):
+    if sys.argv[1:2] != ["@"] or len(sys.argv) < 3:
         raise ValueError(f"usage: python {program} @ config.toml [key=value ...]")
-    return load_config(words[0], words[1:])
+    return load_config(sys.argv[2], sys.argv[3:])
 
 
 def join_ranks() -> tuple[int, int]:
@@ -759,19 +727,17 @@ def join_ranks() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def start_ranks(config: MultimodalRLConfig) -> None:
-    """Become torchrun if there are several trainer GPUs; its ranks but the first are silent."""
-    if "RANK" in os.environ:
-        if join_ranks()[0] > 0:
-            sys.stdout = open(os.devnull, "w")  # every rank finds the same
-    elif config.trainer_gpus > 1:
+@contextlib.contextmanager
+def served(config: MultimodalRLConfig):
+    """Yields a trainer with its server: the one that is up, else, on this machine, our own.
+
+    For several trainer GPUs this process becomes torchrun; its ranks but the first are silent.
+    """
+    if config.trainer_gpus > 1 and "RANK" not in os.environ:
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                   f"--nproc-per-node={config.trainer_gpus}", *sys.argv])
-
-
-@contextlib.contextmanager
-def served(config: MultimodalRLConfig) -> Iterator[MultimodalGRPOTrainer]:
-    """A trainer with its server: the one that is up, else our own, if the host is this machine."""
+    if join_ranks()[0] > 0:
+        sys.stdout = open(os.devnull, "w")  # every rank finds the same
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         config.model, dtype=torch.float32)
     processor = transformers.AutoProcessor.from_pretrained(config.model)
@@ -781,18 +747,14 @@ def served(config: MultimodalRLConfig) -> Iterator[MultimodalGRPOTrainer]:
         model = model if distributed.is_initialized() else model.cuda()  # FSDP moves its slices
     adapter = MultimodalAdapter(processor)
     trainer = MultimodalGRPOTrainer(model, processor.tokenizer, adapter, config)
-    if trainer.rank > 0:
-        yield trainer
-        return
-    with sync.Server(config) as trainer.server:
+    with trainer.server if trainer.rank == 0 else contextlib.nullcontext():
         yield trainer
 
 
 if __name__ == "__main__":
     with contextlib.ExitStack() as stack:
         with mistakes():
-            start_ranks(config := command_line("train.py"))
-            trainer = stack.enter_context(served(config))
+            trainer = stack.enter_context(served(command_line("train.py")))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, trainer.stop)
         trainer.train()

@@ -53,7 +53,6 @@ def largest_differences(trainer, outputs) -> dict[int, float]:
 def check(trainer, out=print) -> bool:
     """Run all rounds against the trainer's server; whether every difference is in tolerance."""
     tolerance = TOLERANCE[trainer.device.type]
-    trainer.connect()
     safe, generator_seed = True, torch.Generator().manual_seed(0)
     for version in range(ROUNDS):
         if version:
@@ -61,8 +60,9 @@ def check(trainer, out=print) -> bool:
                 for p in trainer.model.parameters():
                     noise = torch.randn(p.shape, generator=generator_seed).to(p)
                     p += 0.05 * p.std(correction=0) * noise
-            trainer.weights.send(version)
-        outputs = trainer.generator.begin(version, len(trainer.environment.train), 2)()
+        trainer.step = version  # of the weights
+        outputs = trainer.with_server(
+            lambda: trainer.generator.begin(version, len(trainer.environment.train), 2)())
         for count, worst in largest_differences(trainer, outputs).items():
             safe &= worst <= tolerance
             out({"images": count, "weight_version": version, "same_ids": True,

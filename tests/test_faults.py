@@ -178,7 +178,7 @@ def test_a_damaged_checkpoint_is_passed_over(server, tmp_path, capsys):
     flipped[-100] ^= 1
     (folder / "checkpoint-2" / "model.safetensors").write_bytes(flipped)
     trainer = make_trainer(output_dir=str(tmp_path), run_name="colors", resume=True)
-    trainer.resume()
+    trainer.open_run_dir()
     assert trainer.step == 1 and len(metrics(config)) == 1
     said = capsys.readouterr().out
     assert "checkpoint-3 is damaged" in said and "checkpoint-2 is damaged" in said
@@ -290,10 +290,10 @@ def test_our_server_dies_in_rollouts_and_in_a_sync_and_hangs_and_the_run_is_the_
         real = next(f for f in environment.rewards if f.__name__ == "accuracy")
         rewards = [accuracy if f is real else f for f in environment.rewards]
         trainer.environment = dataclasses.replace(environment, train=Hangs(), rewards=rewards)
-        trainer.weights.source = KillsWhileSending(
-            trainer.weights.source, lambda: os.killpg(group(), signal.SIGKILL), at_version=5)
+        trainer.source = KillsWhileSending(
+            trainer.source, lambda: os.killpg(group(), signal.SIGKILL), at_version=5)
         trainer.train()
-    assert set(done) == {"killed", "hung"} and trainer.weights.source.sent >= 5
+    assert set(done) == {"killed", "hung"} and trainer.source.sent >= 5
     assert timeless(metrics(config)) == undisturbed
 
 
@@ -311,7 +311,7 @@ def test_a_server_of_somebody_else_is_waited_for(undisturbed, server, own_server
 
     with served(config) as trainer:
         assert not trainer.server.ours
-        trainer.weights.source = KillsWhileSending(trainer.weights.source, kill, at_version=3)
+        trainer.source = KillsWhileSending(trainer.source, kill, at_version=3)
         trainer.train()
     back.join(300)
     assert timeless(metrics(config)) == undisturbed
@@ -353,19 +353,19 @@ with served(load_config("config.toml", sys.argv[2:])) as trainer:
     if instant == "while meeting":
         sync.Gloo = lambda *_: time.sleep(1) or die()  # the worker waits for us by then
     if instant == "while sending":
-        source = list(trainer.weights.source)
+        source = list(trainer.source)
         class Dying:
-            metadata = trainer.weights.source.metadata
+            metadata = trainer.source.metadata
             def __iter__(self):
                 yield from source[:20]
                 die()
-        trainer.weights.source = Dying()
-    trainer.connect()
+        trainer.source = Dying()
+    trainer.with_server()
     if instant == "before the end":
-        trainer.weights.engine.client.finish_weight_update = die
+        trainer.server.engine.client.finish_weight_update = die
     if instant == "while paused":
-        trainer.weights.engine.send_weights = die
-    trainer.weights.send(1)
+        trainer.server.engine.send_weights = die
+    trainer.server.send(trainer.source, 1)
 """
 
 
@@ -388,7 +388,7 @@ def test_ten_trainers_in_a_row_use_one_server(server, tmp_path):
                                   for f in dataclasses.fields(server)})
         with torch.no_grad():
             trainer.model.get_output_embeddings().weight *= 1 + i / 50
-        trainer.connect()  # and never says goodbye
+        trainer.with_server()  # and never says goodbye
         batch = trainer.build_batch(trainer.generator.begin(0, 2, 2)())
         assert trainer.calibrate(batch)["max"] < 1e-5
 
@@ -442,7 +442,7 @@ def generator_of(server, rows, rewards, **options) -> Generator:
     trainer = make_trainer(**{f.name: getattr(server, f.name) for f in dataclasses.fields(server)}
                            | {"max_dropped": 0.99, **options})
     trainer.environment = Environment(train=rows, eval=[], rewards=rewards)
-    trainer.connect()
+    trainer.with_server()
     return trainer.generator
 
 
@@ -483,7 +483,7 @@ def test_unusual_images_are_seen_as_they_are(server):
                                 noise(56, 56).convert("1"), noise(300, 3))]
     trainer = make_trainer(**{f.name: getattr(server, f.name) for f in dataclasses.fields(server)})
     trainer.environment = Environment(train=rows, eval=[], rewards=[length])
-    trainer.connect()
+    trainer.with_server()
     outputs = trainer.generator.submit([(rows, i, 2, i * 2) for i in range(len(rows))])()
     assert {int(reason.split()[1][:-1]) for reason in outputs.dropped} <= {5}  # too oblong, if any
     assert trainer.calibrate(trainer.build_batch(outputs))["max"] < 1e-5
@@ -614,7 +614,7 @@ def test_nothing_in_a_checkpoint_is_unpickled(tmp_path):
 
     from train import checksums
     trainer = make_trainer(output_dir=str(tmp_path))
-    trainer.resume()
+    trainer.open_run_dir()
     trainer.step = 1
     trainer.save()
 
@@ -626,7 +626,7 @@ def test_nothing_in_a_checkpoint_is_unpickled(tmp_path):
     (tmp_path / "run" / "checkpoint-1" / "checksums.json").write_text(
         json.dumps(checksums(tmp_path / "run" / "checkpoint-1")))
     with pytest.raises(pickle.UnpicklingError):
-        make_trainer(output_dir=str(tmp_path), resume=True).resume()
+        make_trainer(output_dir=str(tmp_path), resume=True)
     assert not (tmp_path / "executed").exists()
 
 
@@ -652,7 +652,7 @@ MISTAKES = {  # words after "@ config.toml" -> what the one line says
     "resume=outputs/none": "resume must be true or a checkpoint's folder",
     "env.id=nothing": "environment 'nothing': no load_environment() in a module",
     "env.args.num_trian=3": "unexpected keyword argument 'num_trian'",
-    "env.args.num_train=0": "the train split is empty",
+    "env.args.num_train=0": "must return an Environment with rows in train",
     "env.args.num_eval=0": "no held-out split", "wandb_project=x": "No module named 'wandb'",
     "model=no/such/model": "no/such/model", "output_dir=/proc/no": "/proc/no",
     "vllm_server_port=TAKEN": "Address already in use",

@@ -51,7 +51,7 @@ def test_a_missing_environment_says_where_it_looked(monkeypatch, tmp_path):
     assert load_environment("envs/colors.py", {"num_train": 3}).train
     (tmp_path / "my_list.py").write_text("def load_environment(): return [1]")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=r"'my-list': .* returned no Environment, but \[1\]"):
+    with pytest.raises(ValueError, match=r"'my-list': .* an Environment with rows .* not \[1\]"):
         load_environment("my-list", {})
 
 

@@ -9,7 +9,7 @@ import torch
 
 import sync
 from conftest import ROOT, make_trainer
-from train import MultimodalRLConfig, load_config, start_ranks
+from train import MultimodalRLConfig, load_config, served
 
 LAYOUTS = {  # config file -> (backend, flags of the server, GPUs of the server)
     "config.toml": ("gloo", {"tensor_parallel_size": 1, "dtype": "float32"}, 0),
@@ -49,19 +49,21 @@ def test_the_routes_that_are_called_exist(server):
 
 
 def test_a_server_that_sleeps_is_woken_by_the_next_weights(monkeypatch):
-    trainer, calls = make_trainer(), []
+    trainer, calls = make_trainer(async_steps=0, inference_args={"enable_sleep_mode": True}), []
 
     def call(self, route, body=None, method="post"):
         calls.append(route)
-        return SimpleNamespace(json=lambda: {"weight_version": "3"})
+        return {"weight_version": str(trainer.step)}
 
-    monkeypatch.setattr(sync.WeightSync, "call", call)
-    trainer.weights.engine = SimpleNamespace(send_weights=lambda: calls.append("weights"))
-    trainer.weights.sleep()
-    trainer.weights.send(3)
-    assert calls[:4] == ["sleep?level=1", "wake_up", "pause?mode=keep", "weights"]
-    trainer.weights.send(3)
-    assert calls.count("wake_up") == 1
+    monkeypatch.setattr(sync.Server, "call", call)
+    trainer.server.engine = SimpleNamespace(send_weights=lambda: calls.append("weights"))
+    trainer.generator = SimpleNamespace(begin=lambda *_: lambda: SimpleNamespace())
+    trainer.with_server(trainer.rollouts)
+    trainer.step = 1
+    assert calls[-1] == "sleep?level=1"
+    trainer.with_server()
+    at = calls.index("sleep?level=1") + 1
+    assert calls[at:at + 3] == ["wake_up", "pause?mode=keep", "weights"]
     with pytest.raises(ValueError, match="enable_sleep_mode needs async_steps = 0"):
         MultimodalRLConfig(inference_args={"enable_sleep_mode": True})
 
@@ -86,20 +88,24 @@ def test_ipc_meets_vllms_own_worker_engine(monkeypatch):
     monkeypatch.setattr(clients.HTTPVLLMWeightSyncClient, "init_weight_transfer_engine",
                         lambda self, info: worker.init_transfer_engine(
                             worker.parse_init_info(info)))
-    monkeypatch.setattr(sync.WeightSync, "call", lambda *_, **__: SimpleNamespace(ok=True))
-    trainer.weights.backend = "ipc"
-    engine = trainer.weights.meet()
+    monkeypatch.setattr(sync.Server, "call", lambda *_, **__: {})
+    monkeypatch.setattr(MultimodalRLConfig, "backend", "ipc")
+    engine = trainer.server.meet(trainer.source)
     assert engine.packed and worker.packed and engine.source is trainer.source
     assert [m.name for m in engine.source.metadata()] == [name for name, _ in trainer.source]
 
 
 def test_several_trainer_gpus_become_torchrun(monkeypatch):
     started = []
-    monkeypatch.setattr("os.execv", lambda path, words: started.append(words))
+
+    def become(path, words):
+        started.append(words)
+        raise SystemExit  # this process is gone
+
+    monkeypatch.setattr("os.execv", become)
     monkeypatch.setattr(sys, "argv", ["train.py", "@", "config.toml", "max_steps=3"])
-    config = load_config(str(ROOT / "config.toml"))
-    start_ranks(config)
-    assert not started
-    start_ranks(dataclasses.replace(config, trainer_gpus=4))
+    config = load_config(str(ROOT / "config.toml"), ["trainer.gpus=4"])
+    with pytest.raises(SystemExit), served(config):
+        pass
     assert started == [[sys.executable, "-m", "torch.distributed.run", "--standalone",
                         "--nproc-per-node=4", "train.py", "@", "config.toml", "max_steps=3"]]

@@ -85,7 +85,7 @@ def tokens_sampled(url: str) -> float:
 def test_a_request_in_flight_goes_on_with_the_new_weights(server, tmp_path):
     """Its tokens' logprobs are the old policy's before the update, the new one's after it."""
     trainer = make_trainer(**{f.name: getattr(server, f.name) for f in dataclasses.fields(server)})
-    trainer.connect()
+    trainer.with_server()
     generator, image, replies = trainer.generator, noise(56, 56), []
     generator.request |= {"max_tokens": 440, "ignore_eos": True}
     rows = [asking(image)]
@@ -101,7 +101,7 @@ def test_a_request_in_flight_goes_on_with_the_new_weights(server, tmp_path):
     running.start()
     while tokens_sampled(server.url) < sampled + 1000:  # of 48 x 440
         time.sleep(0.005)
-    trainer.weights.send(1)
+    trainer.server.send(trainer.source, 1)
     running.join(60)
     batch = trainer.build_batch(replies[0])
     mask, off = batch.loss_mask.bool(), []

@@ -96,7 +96,7 @@ def test_the_final_checkpoint_scores_the_same_on_a_new_server(server, tmp_path):
     config = dataclasses.replace(config, model=str(tmp_path / "colors" / "checkpoint-2"),
                                  vllm_server_port=free_port(), sync_to_vllm_every=0)
     with served(config) as trainer:
-        trainer.connect()
+        trainer.with_server()
         outputs = trainer.generator.evaluate(config.eval_samples)
     assert sum(outputs.reward) / len(outputs) == pytest.approx(score, abs=1 / 800)
 

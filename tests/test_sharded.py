@@ -125,24 +125,23 @@ def test_lora_leaves_the_base_alone_and_the_server_gets_the_sum(server, tmp_path
         resumed.train()
     assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(),
                                                  resumed.model.parameters()))
-    for other in ({"lora_rank": 0}, {"lora_rank": 8}, {"model": "another base"}):
-        with pytest.raises(ValueError, match=r"\(model, lora_rank\) is \('.*', 4\) there, but"):
-            make_trainer(**{**dataclasses.asdict(again), **other})
+    for rank in (0, 8):
+        with pytest.raises(ValueError, match="checkpoint-2 is of another model or lora_rank"):
+            make_trainer(**dataclasses.asdict(again) | {"lora_rank": rank})
     plain = make_trainer(output_dir=str(tmp_path))
-    plain.resume()
+    plain.open_run_dir()
     plain.step = 1
     plain.save()
-    with pytest.raises(ValueError, match=r"is \(\) there, but \('', 4\) here"):
+    with pytest.raises(ValueError, match="checkpoint-1 is of another model or lora_rank"):
         make_trainer(output_dir=str(tmp_path), resume=True, lora_rank=4)
 
 
 FAILS = """
 import sys
 sys.path[:0] = [{root!r}]
-from train import load_config, served, start_ranks
+from train import load_config, served
 
-start_ranks(config := load_config("config.toml", sys.argv[2:]))
-with served(config) as trainer:
+with served(load_config("config.toml", sys.argv[2:])) as trainer:
     update = trainer.update
 
     def fragile(outputs):
