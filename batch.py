@@ -5,7 +5,6 @@ B completions in the step, L padded length, G completions per prompt, V vocabula
 logprobs[:, t] scores input_ids[:, t], so column 0 is 0 and masked.
 """
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -44,10 +43,10 @@ class MultimodalBatch:
                                  "(B, L) of input_ids, or (B,) for one value per row")
         if self.loss_mask[:, :1].any():
             raise ValueError("loss_mask: column 0 must be 0, nothing comes before the first token")
-        grid = self.extra_model_kwargs.get("image_grid_thw", ())
-        patches = grid.prod(-1).tolist() if len(grid) == len(self) else []
+        ones = torch.ones(len(self), 1, dtype=int)
+        grid = self.extra_model_kwargs.get("image_grid_thw", ones)
         for key, tensor in self.image_tensors().items():
-            own = [1] * len(self) if len(tensor) == len(self) else patches
+            own = (ones if len(tensor) == len(self) else grid).prod(1).tolist()
             if sum(self.image_rows.setdefault(key, own)) != len(tensor):
                 raise ValueError(f"{key} has {len(tensor)} entries: image_rows must add up to it")
 
@@ -55,10 +54,13 @@ class MultimodalBatch:
         return len(self.input_ids)
 
     def token_tensors(self) -> dict[str, Tensor]:
-        shape = self.input_ids.shape
-        return {k: v for k, v in self.extra_model_kwargs.items() if v.shape == shape}
+        """The model's (B, L) inputs."""
+        every = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        every |= self.extra_model_kwargs
+        return {k: v for k, v in every.items() if v.shape == self.input_ids.shape}
 
     def image_tensors(self) -> dict[str, Tensor]:
+        """The model's other inputs."""
         every = {"pixel_values": self.pixel_values, **self.extra_model_kwargs}
         return {k: v for k, v in every.items() if v is not None and k not in self.token_tensors()}
 
@@ -71,8 +73,7 @@ class MultimodalBatch:
     def cut_at(self, token_ids: list[int]) -> "MultimodalBatch":
         """End completions before these: a model looks for the image of a sampled placeholder."""
         bad = torch.isin(self.input_ids, torch.tensor(token_ids)) * self.loss_mask
-        kept = bad.cumsum(1) == 0
-        return replace(self, **{name: getattr(self, name) * kept for name in PER_TOKEN})
+        return replace(self, **{k: getattr(self, k) * (bad.cumsum(1) == 0) for k in PER_TOKEN})
 
     def select(self, rows: list[int]) -> "MultimodalBatch":
         """The given rows, trimmed to their longest, with the images of their prompts alone."""
@@ -80,50 +81,41 @@ class MultimodalBatch:
         images, width = self.images_of(prompts.tolist()), self.attention_mask[rows].sum(1).max()
         tokens = {key: tensor[rows, :width] for key, tensor in self.token_tensors().items()}
         return MultimodalBatch(
-            **{name: getattr(self, name)[rows, :width] for name in PER_TOKEN},
-            rewards=self.rewards[rows], prompt_index=prompt_index,
+            tokens.pop("input_ids"), tokens.pop("attention_mask"), self.loss_mask[rows, :width],
+            self.behavior_logprobs[rows, :width], self.rewards[rows], prompt_index=prompt_index,
             advantages=None if self.advantages is None else self.advantages[rows],
             image_rows={k: [self.image_rows[k][p] for p in prompts.tolist()] for k in images},
             pixel_values=images.pop("pixel_values", None), extra_model_kwargs=tokens | images)
 
-    def micro_batches(self, size: int, ranks: int = 1) -> Iterator["MultimodalBatch"]:
-        """At most `size` completions each, prompt by prompt, of similar length.
+    def micro_batches(self, size: int, ranks: int = 1) -> list["MultimodalBatch"]:
+        """Of at most `size`, prompt by prompt, alike in length; small enough to be one per rank.
 
         Of rows with gradient (a token in the loss, advantage not 0) or, to have metrics, a few.
-        Of a size that leaves no rank without.
         """
         lengths, prompts = self.attention_mask.sum(1), self.prompt_index
         longest = ((prompts[:, None] == prompts) * lengths).amax(1)  # of the prompt
         keys = torch.stack([-longest, prompts, -lengths], 1).tolist()
-        trained = self.loss_mask.bool().any(1)
+        trained = self.loss_mask.any(1)
         alive = (trained & (self.advantages != 0)).nonzero()[:, 0].tolist()
         rows = sorted(alive or trained.nonzero()[:size, 0].tolist(), key=keys.__getitem__)
-        size = min(size, math.ceil(len(rows) / ranks))
-        for start in range(0, len(rows), max(size, 1)):
-            yield self.select(rows[start:start + size])
+        size = max(1, min(size, math.ceil(len(rows) / ranks)))
+        return [self.select(rows[i:i + size]) for i in range(0, len(rows), size)]
 
     def to(self, device) -> "MultimodalBatch":
-        moved, extra = ({k: v.to(device) for k, v in found.items() if isinstance(v, Tensor)}
-                        for found in (vars(self), self.extra_model_kwargs))
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        extra = {k: v.to(device) for k, v in self.extra_model_kwargs.items()}
         return replace(self, **moved, extra_model_kwargs=extra)
 
-    def prompt_lengths(self) -> Tensor:
-        """(B,) tokens before the first one that is trained on; the row's length if none is."""
-        return (self.attention_mask * (self.loss_mask.cumsum(1) == 0)).sum(1)
-
     def sharing_pays(self, hidden_size: int) -> bool:
-        """Whether forwarding each prompt once is clearly less work, padding included.
+        """Whether forwarding each prompt once is clearly less work, padding included."""
+        def work(ids: Tensor, cached: int = 0) -> float:
+            # In a layer of size H a token costs 24 H^2 flops, a pair in attention 4 H.
+            return ids.numel() * (1 + (cached + ids.shape[1]) / (6 * hidden_size))
 
-        In a layer of size H a token costs 24 H^2 flops, a pair in attention 4 H; patch = token.
-        """
-        lengths, starts = self.attention_mask.sum(1), self.prompt_lengths()
-        rows = torch.tensor([self.prompt_index.max() + 1, len(self), len(self)])
-        queries = torch.stack([starts.max(), (lengths - starts).max(), lengths.max()])
-        keys = torch.stack([queries[0], queries[0] + queries[1], queries[2]])
-        once, completions, alone = rows * queries * (1 + keys / (6 * hidden_size))
-        patches = torch.tensor(self.image_rows.get("pixel_values", [0] * len(self)))
-        shared = once + patches.sum() + completions
-        return bool(shared < 0.9 * (alone + patches[self.prompt_index].sum()))
+        prompts, completions = (inputs["input_ids"] for inputs in self.fork()[:2])
+        patches = torch.tensor(self.image_rows.get("pixel_values", [0] * len(self)))  # as tokens
+        once = work(prompts) + patches.sum() + work(completions, prompts.shape[1])
+        return bool(once < 0.9 * (work(self.input_ids) + patches[self.prompt_index].sum()))
 
     def fork(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Model inputs (P, W_p) of the prompts and (b, W_c) of the completions; what is trained.
@@ -136,15 +128,13 @@ class MultimodalBatch:
         >>> prompts["input_ids"].tolist(), completions["input_ids"].tolist()
         ([[7, 8], [0, 9]], [[1, 2, 3], [4, 0, 0], [5, 6, 0]])
         """
-        def cut(tensor, spans, side="right"):
-            return pad_sequence([tensor[at] for at in spans], batch_first=True, padding_side=side)
+        def cut(tensor: Tensor, spans: list, side: str = "right") -> Tensor:
+            return pad_sequence([tensor[span] for span in spans], True, 0, side)
 
-        index, starts = self.prompt_index.tolist(), self.prompt_lengths().tolist()
+        index, tokens = self.prompt_index.tolist(), self.token_tensors().items()
+        starts = (self.attention_mask * (self.loss_mask.cumsum(1) == 0)).sum(1).tolist()
         prompts = [(row, slice(starts[row])) for row in map(index.index, range(max(index) + 1))]
-        spans = zip(starts, self.attention_mask.sum(1).tolist())
-        completions = [(row, slice(*span)) for row, span in enumerate(spans)]
-        tokens = {"input_ids": self.input_ids, "attention_mask": self.attention_mask,
-                  **self.token_tensors()}
-        return ({key: cut(tensor, prompts, "left") for key, tensor in tokens.items()},
-                {key: cut(tensor, completions) for key, tensor in tokens.items()},
-                cut(self.loss_mask, completions).bool())
+        spans = [*enumerate(map(slice, starts, self.attention_mask.sum(1).tolist()))]
+        return ({key: cut(tensor, prompts, "left") for key, tensor in tokens},
+                {key: cut(tensor, spans) for key, tensor in tokens},
+                cut(self.loss_mask, spans).bool())

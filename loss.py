@@ -2,30 +2,24 @@
 
 Departures, and why. Advantages are not divided by the group's standard deviation unless asked for:
 that weighs prompts by how alike their rewards are (Dr. GRPO, arXiv 2503.20783). The loss is a mean
-over the tokens of the step, not per completion, which would favour long wrong answers (DAPO, arXiv
-2503.14476, as the two clip bounds). The ratio is taken against the logprobs recorded in sampling;
-a token whose ratio leaves the mask bounds is left out, for there the two policies differ by more
-than a correction can mend. There is no reference model and no KL penalty.
+over the step's tokens: one per completion would favour long wrong answers (DAPO, arXiv 2503.14476,
+as the two clip bounds). The ratio is taken against the logprobs recorded in sampling; tokens whose
+ratio leaves the mask bounds are left out, for there the two policies differ by more than a
+correction can mend. There is no reference model and no KL penalty.
 """
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-MAX_LOG_RATIO = 20.0  # exp(20) is outside of any mask; far beyond it fp32 overflows
-
 
 def group_advantages(rewards: Tensor, groups: Tensor, divide_by_std: bool = False) -> Tensor:
-    """A_i = r_i - mean(r of the group), optionally over its std; (B,). Equal groups[i]: a group.
-
-    Equal rewards give 0 exactly, in spite of rounding.
-    """
+    """A_i = r_i - mean(r), optionally over std(r), of the group: all with its groups[i]; (B,)."""
     advantages = torch.zeros_like(rewards)
     for group in groups.unique():
-        mine = groups == group
-        if (rewards[mine] != rewards[mine][0]).any():
-            advantages[mine] = rewards[mine] - rewards[mine].mean()
-            if divide_by_std:
-                advantages[mine] /= rewards[mine].std(correction=0) + 1e-4
+        r = rewards[mine := groups == group]
+        if (r != r[0]).any():  # else exactly 0, in spite of rounding
+            std = r.std(correction=0) + 1e-4 if divide_by_std else 1
+            advantages[mine] = (r - r.mean()) / std
     return advantages
 
 
@@ -47,10 +41,9 @@ def token_logprobs(hidden: Tensor, targets: Tensor, head, temperature: float,
         return logits.gather(1, targets[:, None])[:, 0] - log_z, entropies
 
     rows = max(1, max_logits // getattr(head, "out_features", 2**18))
-    parts = [checkpoint(chunk, h, t, use_reentrant=False)
-             for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)]
-    logprobs, entropies = zip(*parts)
-    return torch.cat(logprobs), torch.cat(entropies)
+    parts = [checkpoint(chunk, *inputs, use_reentrant=False)
+             for inputs in zip(hidden.split(rows), targets.split(rows), strict=True)]
+    return tuple(map(torch.cat, zip(*parts)))
 
 
 def grpo_loss(logprobs: Tensor, entropies: Tensor, behavior_logprobs: Tensor, advantages: Tensor,
@@ -64,12 +57,10 @@ def grpo_loss(logprobs: Tensor, entropies: Tensor, behavior_logprobs: Tensor, ad
         loss   = -1/N sum_t keep_t min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A)
 
     All (b, L) but advantages (b,). N is num_tokens, the loss-mask tokens of the whole step, so
-    that the losses of its micro-batches add up to that of the full batch. Empty mask: loss 0.
-    kl sums r - 1 - log r, Schulman's k3 estimate of KL(behavior || policy).
+    that its micro-batches add up. kl sums r - 1 - log r, Schulman's k3 for KL(behavior || policy).
     """
     mask = loss_mask.bool()
-    log_ratio = torch.where(mask, logprobs - behavior_logprobs, 0.0)
-    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = torch.where(mask, logprobs - behavior_logprobs, 0.0).clamp(-20, 20)  # else inf
     ratio = log_ratio.exp()
     keep = mask & (ratio >= mask_ratio_low) & (ratio <= mask_ratio_high)
     plain = ratio * advantages[:, None]

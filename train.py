@@ -30,7 +30,6 @@ import transformers
 from torch import Tensor, distributed
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.functional import pad
 from tqdm import tqdm
 
 import sync
@@ -210,50 +209,44 @@ class Policy(torch.nn.Module):
         mask, device = batch.loss_mask.bool(), batch.input_ids.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # weights are fp32
             states = self.forked_states(batch) if share else self.row_states(batch)  # (N, H)
-            found = token_logprobs(states, batch.input_ids[mask],
-                                   self.model.get_output_embeddings(),
-                                   self.temperature, self.banned)
+            head = self.model.get_output_embeddings()
+            found = token_logprobs(states, batch.input_ids[mask], head, self.temperature,
+                                   self.banned)
         return tuple(values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
 
     def row_states(self, batch: MultimodalBatch) -> Tensor:
         """(N, H), the state before each token in the loss, every row with its own prompt."""
-        hidden = self.model.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
-            **batch.token_tensors(), **batch.images_of(batch.prompt_index.tolist()))
+        images = batch.images_of(batch.prompt_index.tolist())
+        hidden = self.model.base_model(**batch.token_tensors(), **images, use_cache=False)
         return hidden.last_hidden_state[:, :-1][batch.loss_mask[:, 1:].bool()]
 
     def forked_states(self, batch: MultimodalBatch) -> Tensor:
         """The same states, with each prompt and its images forwarded once.
 
-        A prompt's cache is forked into one line per completion; the gradients of all of them flow
-        back through it and add up. Prompts are padded on the left, so that each ends where its
-        completions begin, and its last state is the one before their first tokens.
+        A prompt's cache is forked into one line per completion, whose gradients flow back through
+        it and add up. Prompts are padded on the left: their last state is before all first tokens.
         """
         index, (prompts, completions, trained) = batch.prompt_index, batch.fork()
-        width, length = prompts["input_ids"].shape[1], trained.shape[1]
-        steps = max(length - 1, 1)  # the state of the last token is before nothing
-        positions = self.positions(prompts, length, batch)
-        images = batch.images_of(range(len(prompts["input_ids"])))
-        prompt = self.model.base_model(**prompts, **images, use_cache=True,
-                                       position_ids=positions[..., :width])
+        images, positions = batch.image_tensors(), self.positions(batch, prompts)
+        prompt = self.model.base_model(**prompts, **images, position_ids=positions, use_cache=True)
         prompt.past_key_values.batch_select_indices(index)
-        inputs = {key: tensor[:, :steps] for key, tensor in completions.items()}
+        length = trained.shape[1]  # the state of the last token is before nothing
+        inputs = {key: tensor[:, :max(length - 1, 1)] for key, tensor in completions.items()}
+        positions = positions[..., index, -1:] + inputs["attention_mask"].cumsum(1)
         inputs["attention_mask"] = torch.cat(
             [prompts["attention_mask"][index], inputs["attention_mask"]], 1)
-        completion = self.model.base_model(
-            **inputs, position_ids=positions[..., index, width:width + steps],
-            past_key_values=prompt.past_key_values, use_cache=True)
+        completion = self.model.base_model(**inputs, position_ids=positions, use_cache=True,
+                                           past_key_values=prompt.past_key_values)
         before_first = prompt.last_hidden_state[index, -1:]  # (b, 1, H)
         return torch.cat([before_first, completion.last_hidden_state], 1)[:, :length][trained]
 
-    def positions(self, prompts: dict[str, Tensor], length: int, batch: MultimodalBatch) -> Tensor:
-        """(P, W_p + length), prompts and then completions; M-RoPE models count for themselves."""
-        row = {key: pad(tensor, (0, length), value=int(key == "attention_mask"))
-               for key, tensor in prompts.items()}
+    def positions(self, batch: MultimodalBatch, prompts: dict[str, Tensor]) -> Tensor:
+        """(P, W_p), or (3, P, W_p) where images have rows and columns: such models count."""
         count = getattr(self.model.base_model, "get_rope_index", None)
-        if count is None or len(row) == 2:
-            return (row["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        return count(**row, **{k: v for k, v in batch.image_tensors().items() if "_thw" in k})[0]
+        if count is None or len(prompts) == 2:  # no token types: no images
+            return (prompts["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        grids = {key: grid for key, grid in batch.image_tensors().items() if "_thw" in key}
+        return count(**prompts, **grids)[0]
 
 
 class MultimodalGRPOTrainer:
