@@ -1,8 +1,8 @@
 """Images and token ids -> MultimodalBatch, for any vision-language model with a processor.
 
 The server's token ids are trained on as they are. The processor runs once per prompt for all else
-(pixels, grids, token types); that its ids equal the server's proves that these fit, and is checked
-for every prompt. `python adapter.py MODEL` shows whether a model can be trained (models/check.py).
+(pixels, grids, token types); its ids must equal the server's, which proves that these fit.
+`python adapter.py MODEL` shows whether a model can be trained (models/check.py).
 """
 import sys
 from itertools import zip_longest
@@ -25,24 +25,20 @@ class MultimodalAdapter:
 
     def build_batch(self, outputs: GenerateOutputs) -> MultimodalBatch:
         """One (B, L) row per completion; ValueError if the server read a prompt otherwise."""
-        given = getattr(outputs, "encoded", [None] * len(outputs))
-        prompts, encoded, index, rows = {}, [], [], []  # prompts: token ids and image objects
-        for i, (p, c, logprobs, images) in enumerate(zip(
-                outputs.prompt_ids, outputs.completion_ids, outputs.completion_logprobs,
-                outputs.images, strict=True)):
-            index.append(prompts.setdefault((tuple(p), *map(id, images)), len(prompts)))
-            if len(encoded) < len(prompts):
-                encoded.append(given[i] or self.encode(outputs.prompt[i], images))
-                self.check(encoded[-1]["input_ids"][0].tolist(), p, outputs.example_id[i])
-            if len(c) != len(logprobs):
-                raise ValueError("the server must return a logprob for each token it sampled")
-            rows.append((p + c, [1] * len(p + c), [0] * len(p) + [1] * len(c),
-                         [0.0] * len(p) + logprobs))
+        seen = {}  # (token ids, image objects) of a prompt -> its first row
+        prompts = enumerate(zip(outputs.prompt_ids, outputs.images, strict=True))
+        first = [seen.setdefault((tuple(p), *map(id, images)), i) for i, (p, images) in prompts]
+        first, index = torch.tensor(first).unique(return_inverse=True)
+        encoded = [self.encode_row(outputs, row) for row in first.tolist()]
+        rows = [(p + c, [1] * len(p + c), [0] * len(p) + [1] * len(c), [0.0] * len(p) + logprobs)
+                for p, c, logprobs in zip(outputs.prompt_ids, outputs.completion_ids,
+                                          outputs.completion_logprobs, strict=True)]
+        if any(len(ids) != len(logprobs) for ids, *_, logprobs in rows):
+            raise ValueError("the server must return one logprob for each token of a completion")
         tokens = [pad_sequence([*map(torch.tensor, column)], True) for column in zip(*rows)]
-        inputs, image_rows = collate(encoded, index, tokens[0].shape[1])
-        return MultimodalBatch(
-            *tokens, torch.tensor(outputs.reward, dtype=torch.float32),
-            inputs.pop("pixel_values", None), inputs, torch.tensor(index), image_rows)
+        inputs, image_rows = collate(encoded, index, width=tokens[0].shape[1])
+        return MultimodalBatch(*tokens, torch.tensor(outputs.reward, dtype=torch.float32),
+                               inputs.pop("pixel_values", None), inputs, index, image_rows)
 
     def encode(self, prompt: list[dict], images: list) -> dict[str, Tensor]:
         """All that the processor makes of one prompt with these PIL images."""
@@ -59,19 +55,23 @@ class MultimodalAdapter:
         return {key: tensor.float() if tensor.is_floating_point() else tensor  # one is bfloat16
                 for key, tensor in found.items() if tensor is not None}
 
-    def check(self, ours: list[int], served: list[int], example_id: int) -> None:
-        """Raises ValueError showing where the processor's prompt and the server's part."""
+    def encode_row(self, outputs: GenerateOutputs, row: int) -> dict[str, Tensor]:
+        """Its prompt encoded; ValueError shows where the processor and the server part."""
+        prompt, images = outputs.prompt[row], outputs.images[row]
+        encoded = getattr(outputs, "encoded", {row: None})[row] or self.encode(prompt, images)
+        ours, served = encoded["input_ids"][0].tolist(), outputs.prompt_ids[row]
         if ours != served:
             at = next(i for i, (a, b) in enumerate(zip_longest(ours, served)) if a != b)
             near = [ids[max(0, at - 5):at + 5] for ids in (ours, served)]
             raise ValueError(
-                f"example {example_id}: from token {at} on, processor ({len(ours)} tokens) and "
-                f"server ({len(served)}) differ, {near} = "
+                f"example {outputs.example_id[row]}: from token {at} on, processor and server "
+                f"({len(ours)} and {len(served)} tokens) differ, {near} = "
                 f"{[*map(self.processor.tokenizer.decode, near)]}, by other pixel limits on the "
                 "server (mm_processor_kwargs), another chat template, tokenizer, or truncation")
+        return encoded
 
 
-def collate(encoded: list[dict], index: list[int], width: int) -> tuple[dict, dict]:
+def collate(encoded: list[dict], index: Tensor, width: int) -> tuple[dict, dict]:
     """The processor's tensors of all prompts -> (extra_model_kwargs, image_rows).
 
     Token-level ones, (1, prompt length), become (B, width) with 0 over completions; all others are

@@ -40,13 +40,12 @@ class MultimodalBatch:
             given, wanted = getattr(self, name), self.input_ids.shape[:1 + (name in PER_TOKEN)]
             if given is not None and given.shape != wanted:
                 raise ValueError(f"{name} is {tuple(given.shape)}, but must be {tuple(wanted)}: "
-                                 "(B, L) of input_ids, or (B,) for one value per row")
+                                 "(B, L) of input_ids, or (B,)")
         if self.loss_mask[:, :1].any():
             raise ValueError("loss_mask: column 0 must be 0, nothing comes before the first token")
-        ones = torch.ones(len(self), 1, dtype=int)
-        grid = self.extra_model_kwargs.get("image_grid_thw", ones)
+        grids = self.extra_model_kwargs.get("image_grid_thw", torch.empty(0, 3))
         for key, tensor in self.image_tensors().items():
-            own = (ones if len(tensor) == len(self) else grid).prod(1).tolist()
+            own = [1] * len(self) if len(tensor) == len(self) else grids.prod(1).tolist()
             if sum(self.image_rows.setdefault(key, own)) != len(tensor):
                 raise ValueError(f"{key} has {len(tensor)} entries: image_rows must add up to it")
 
@@ -54,13 +53,10 @@ class MultimodalBatch:
         return len(self.input_ids)
 
     def token_tensors(self) -> dict[str, Tensor]:
-        """The model's (B, L) inputs."""
-        every = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        every |= self.extra_model_kwargs
-        return {k: v for k, v in every.items() if v.shape == self.input_ids.shape}
+        shape = self.input_ids.shape
+        return {k: v for k, v in self.extra_model_kwargs.items() if v.shape == shape}
 
     def image_tensors(self) -> dict[str, Tensor]:
-        """The model's other inputs."""
         every = {"pixel_values": self.pixel_values, **self.extra_model_kwargs}
         return {k: v for k, v in every.items() if v is not None and k not in self.token_tensors()}
 
@@ -81,14 +77,14 @@ class MultimodalBatch:
         images, width = self.images_of(prompts.tolist()), self.attention_mask[rows].sum(1).max()
         tokens = {key: tensor[rows, :width] for key, tensor in self.token_tensors().items()}
         return MultimodalBatch(
-            tokens.pop("input_ids"), tokens.pop("attention_mask"), self.loss_mask[rows, :width],
-            self.behavior_logprobs[rows, :width], self.rewards[rows], prompt_index=prompt_index,
+            **{name: getattr(self, name)[rows, :width] for name in PER_TOKEN},
+            rewards=self.rewards[rows], prompt_index=prompt_index,
             advantages=None if self.advantages is None else self.advantages[rows],
             image_rows={k: [self.image_rows[k][p] for p in prompts.tolist()] for k in images},
             pixel_values=images.pop("pixel_values", None), extra_model_kwargs=tokens | images)
 
     def micro_batches(self, size: int, ranks: int = 1) -> list["MultimodalBatch"]:
-        """Of at most `size`, prompt by prompt, alike in length; small enough to be one per rank.
+        """At most `size` completions each, prompt by prompt, of similar length, for all ranks.
 
         Of rows with gradient (a token in the loss, advantage not 0) or, to have metrics, a few.
         """
@@ -108,14 +104,13 @@ class MultimodalBatch:
 
     def sharing_pays(self, hidden_size: int) -> bool:
         """Whether forwarding each prompt once is clearly less work, padding included."""
-        def work(ids: Tensor, cached: int = 0) -> float:
-            # In a layer of size H a token costs 24 H^2 flops, a pair in attention 4 H.
-            return ids.numel() * (1 + (cached + ids.shape[1]) / (6 * hidden_size))
-
-        prompts, completions = (inputs["input_ids"] for inputs in self.fork()[:2])
-        patches = torch.tensor(self.image_rows.get("pixel_values", [0] * len(self)))  # as tokens
-        once = work(prompts) + patches.sum() + work(completions, prompts.shape[1])
-        return bool(once < 0.9 * (work(self.input_ids) + patches[self.prompt_index].sum()))
+        prompts, _, trained = self.fork()
+        (P, W_p), (B, W_c), L = prompts["input_ids"].shape, trained.shape, self.input_ids.shape[1]
+        pair = 1 / (6 * hidden_size)  # in a layer: 4 H flops in attention to a token's 24 H^2
+        patches = torch.tensor(self.image_rows.get("pixel_values", [0] * B))  # as much as a token
+        once = P * W_p * (1 + W_p * pair) + B * W_c * (1 + (W_p + W_c) * pair) + patches.sum()
+        alone = B * L * (1 + L * pair) + patches[self.prompt_index].sum()
+        return bool(once < 0.9 * alone)
 
     def fork(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Model inputs (P, W_p) of the prompts and (b, W_c) of the completions; what is trained.
@@ -128,13 +123,14 @@ class MultimodalBatch:
         >>> prompts["input_ids"].tolist(), completions["input_ids"].tolist()
         ([[7, 8], [0, 9]], [[1, 2, 3], [4, 0, 0], [5, 6, 0]])
         """
-        def cut(tensor: Tensor, spans: list, side: str = "right") -> Tensor:
-            return pad_sequence([tensor[span] for span in spans], True, 0, side)
-
-        index, tokens = self.prompt_index.tolist(), self.token_tensors().items()
+        tokens = {"input_ids": self.input_ids, "attention_mask": self.attention_mask,
+                  **self.token_tensors()}
+        index, ends = self.prompt_index.tolist(), self.attention_mask.sum(1).tolist()
         starts = (self.attention_mask * (self.loss_mask.cumsum(1) == 0)).sum(1).tolist()
-        prompts = [(row, slice(starts[row])) for row in map(index.index, range(max(index) + 1))]
-        spans = [*enumerate(map(slice, starts, self.attention_mask.sum(1).tolist()))]
-        return ({key: cut(tensor, prompts, "left") for key, tensor in tokens},
-                {key: cut(tensor, spans) for key, tensor in tokens},
-                cut(self.loss_mask, spans).bool())
+        first = [index.index(prompt) for prompt in range(max(index) + 1)]  # row of each prompt
+        prompts = {key: pad_sequence([tensor[row, :starts[row]] for row in first], True, 0, "left")
+                   for key, tensor in tokens.items()}
+        tokens["loss_mask"], spans = self.loss_mask, [*map(slice, starts, ends)]
+        completions = {key: pad_sequence([row[span] for row, span in zip(tensor, spans)], True)
+                       for key, tensor in tokens.items()}
+        return prompts, completions, completions.pop("loss_mask").bool()

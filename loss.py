@@ -18,8 +18,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, divide_by_std: bool = Fals
     for group in groups.unique():
         r = rewards[mine := groups == group]
         if (r != r[0]).any():  # else exactly 0, in spite of rounding
-            std = r.std(correction=0) + 1e-4 if divide_by_std else 1
-            advantages[mine] = (r - r.mean()) / std
+            spread = r.std(correction=0) + 1e-4 if divide_by_std else 1
+            advantages[mine] = (r - r.mean()) / spread
     return advantages
 
 
@@ -60,8 +60,8 @@ def grpo_loss(logprobs: Tensor, entropies: Tensor, behavior_logprobs: Tensor, ad
     that its micro-batches add up. kl sums r - 1 - log r, Schulman's k3 for KL(behavior || policy).
     """
     mask = loss_mask.bool()
-    log_ratio = torch.where(mask, logprobs - behavior_logprobs, 0.0).clamp(-20, 20)  # else inf
-    ratio = log_ratio.exp()
+    log_ratio = torch.where(mask, logprobs - behavior_logprobs, 0.0).clamp(-20, 20)
+    ratio = log_ratio.exp()  # inside of fp32, outside of any mask where it was clamped
     keep = mask & (ratio >= mask_ratio_low) & (ratio <= mask_ratio_high)
     plain = ratio * advantages[:, None]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages[:, None]

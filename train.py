@@ -210,14 +210,15 @@ class Policy(torch.nn.Module):
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # weights are fp32
             states = self.forked_states(batch) if share else self.row_states(batch)  # (N, H)
             head = self.model.get_output_embeddings()
-            found = token_logprobs(states, batch.input_ids[mask], head, self.temperature,
-                                   self.banned)
+            found = token_logprobs(states, batch.input_ids[mask], head,
+                                   self.temperature, self.banned)
         return tuple(values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
 
     def row_states(self, batch: MultimodalBatch) -> Tensor:
         """(N, H), the state before each token in the loss, every row with its own prompt."""
-        images = batch.images_of(batch.prompt_index.tolist())
-        hidden = self.model.base_model(**batch.token_tensors(), **images, use_cache=False)
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
+            **batch.token_tensors(), **batch.images_of(batch.prompt_index.tolist()))
         return hidden.last_hidden_state[:, :-1][batch.loss_mask[:, 1:].bool()]
 
     def forked_states(self, batch: MultimodalBatch) -> Tensor:
@@ -232,7 +233,7 @@ class Policy(torch.nn.Module):
         prompt.past_key_values.batch_select_indices(index)
         length = trained.shape[1]  # the state of the last token is before nothing
         inputs = {key: tensor[:, :max(length - 1, 1)] for key, tensor in completions.items()}
-        positions = positions[..., index, -1:] + inputs["attention_mask"].cumsum(1)
+        positions = positions[..., index, -1:] + inputs["attention_mask"].cumsum(1)  # +1, +2, ...
         inputs["attention_mask"] = torch.cat(
             [prompts["attention_mask"][index], inputs["attention_mask"]], 1)
         completion = self.model.base_model(**inputs, position_ids=positions, use_cache=True,
@@ -241,7 +242,7 @@ class Policy(torch.nn.Module):
         return torch.cat([before_first, completion.last_hidden_state], 1)[:, :length][trained]
 
     def positions(self, batch: MultimodalBatch, prompts: dict[str, Tensor]) -> Tensor:
-        """(P, W_p), or (3, P, W_p) where images have rows and columns: such models count."""
+        """(P, W_p), or (3, P, W_p) of an M-RoPE model, which counts by itself."""
         count = getattr(self.model.base_model, "get_rope_index", None)
         if count is None or len(prompts) == 2:  # no token types: no images
             return (prompts["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -399,7 +400,7 @@ class MultimodalGRPOTrainer:
         images or without, and neighbours in length; who gets none repeats another's for nothing.
         """
         share, hidden = self.config.share_prompt, self.model.config.get_text_config().hidden_size
-        micros = list(batch.micro_batches(self.config.micro_batch_size, self.world))
+        micros = batch.micro_batches(self.config.micro_batch_size, self.world)
         for images in (True, False):
             alike = [micro for micro in micros if bool(micro.image_rows) == images]
             for start in range(0, len(alike), self.world):
