@@ -84,7 +84,7 @@ class MultimodalBatch:
             pixel_values=images.pop("pixel_values", None), extra_model_kwargs=tokens | images)
 
     def micro_batches(self, size: int, ranks: int = 1) -> list["MultimodalBatch"]:
-        """At most `size` completions each, prompt by prompt, of similar length, for all ranks.
+        """At most `size` completions each, prompt by prompt, alike in length; no rank without.
 
         Of rows with gradient (a token in the loss, advantage not 0) or, to have metrics, a few.
         """

@@ -61,7 +61,7 @@ def grpo_loss(logprobs: Tensor, entropies: Tensor, behavior_logprobs: Tensor, ad
     """
     mask = loss_mask.bool()
     log_ratio = torch.where(mask, logprobs - behavior_logprobs, 0.0).clamp(-20, 20)
-    ratio = log_ratio.exp()  # inside of fp32, outside of any mask where it was clamped
+    ratio = log_ratio.exp()  # was clamped outside of any mask, where fp32 overflows
     keep = mask & (ratio >= mask_ratio_low) & (ratio <= mask_ratio_high)
     plain = ratio * advantages[:, None]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages[:, None]
