@@ -133,16 +133,16 @@ class MultimodalRLConfig:
 
 def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
     """A TOML file and overrides ("seed=1", "env.args.n=3", "model=X"); ValueError in one line."""
-    names, args = [f.name for f in fields(MultimodalRLConfig)], "trainer.args."
+    names, prefix = [f.name for f in fields(MultimodalRLConfig)], "trainer.args."
     keys = {name.replace("_", ".", 1): name for name in names[:6]}  # model, env.id, env.args, ...
-    keys |= {args + name: name for name in names[6:]}
+    keys |= {prefix + name: name for name in names[6:]}
     try:
         pairs, values = [*tomli.loads(Path(path).read_text()).items()], {}
         for override in overrides:  # a bare key is one of [trainer.args], a bare word a string
             key, equals, text = override.partition("=")
             if not equals:
                 raise ValueError(f"override {override!r} is not key=value or table.key=value")
-            key = key if "." in key or key == "model" else args + key
+            key = key if "." in key or key == "model" else prefix + key
             try:
                 pairs += tomli.loads(f"{key} = {text}").items()
             except tomli.TOMLDecodeError:
@@ -154,8 +154,8 @@ def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
             elif isinstance(value, dict):
                 pairs += [(f"{key}.{inner}", value[inner]) for inner in value]
             else:
-                plain = {full.removeprefix(args): full for full in keys}
-                near, *_ = difflib.get_close_matches(key.removeprefix(args), plain, cutoff=0)
+                plain = {full.removeprefix(prefix): full for full in keys}
+                near, *_ = difflib.get_close_matches(key.removeprefix(prefix), plain, cutoff=0)
                 raise ValueError(f"unknown key {key!r}; did you mean {plain[near]!r}?")
         if not values.get("model") or not values.get("env_id"):
             raise ValueError('it must set model = "..." and [env] id = "..."')
