@@ -1,12 +1,10 @@
 """GRPO on a vision-language model: `python train.py @ config.toml [key=value ...]`.
 
-Each step rolls out prompts on the vLLM server (rollout.py), updates the policy on what came back
-and sends the new weights (sync.py). Here are the config, the forward pass, the loop, checkpoints.
+A step: roll out on the vLLM server (rollout.py), update the policy, send its weights (sync.py).
 """
 import collections
 import contextlib
 import difflib
-import hashlib
 import json
 import math
 import os
@@ -17,10 +15,10 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from hashlib import file_digest
 from pathlib import Path
 
-# Before torch: threads that spin while they wait take the cores of a server on the same CPU: a
-# step of the default run would take 1.5 instead of 0.6 seconds.
+# Before torch: threads that spin while they wait take a server's cores: 1.5 s a step, not 0.6 s.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy
@@ -100,89 +98,64 @@ class MultimodalRLConfig:
 
     def __post_init__(self):
         for f in fields(self):
-            value, kind = getattr(self, f.name), float | int if f.type is float else f.type
-            number, most = f.type in (int, float), AT_MOST.get(f.name, 1e12)
+            key, value, number = f.name, getattr(self, f.name), f.type in (int, float)
+            kind, most = float | int if f.type is float else f.type, AT_MOST.get(key, 1e12)
+            least = "at least" if f.default == 0 or key in MAY_BE_ZERO else "above"
             if not isinstance(value, kind) or number and isinstance(value, bool):
-                name = getattr(kind, "__name__", kind)
-                raise ValueError(f"{f.name} must be {name}, not {value!r}")
-            least = "at least" if f.default == 0 or f.name in MAY_BE_ZERO else "above"
+                raise ValueError(f"{key} must be {getattr(kind, '__name__', kind)}, not {value!r}")
             if number and not (0 < value <= most or value == 0 and least == "at least"):
-                raise ValueError(f"{f.name} must be {least} 0 and at most {most:g}, not {value}")
+                raise ValueError(f"{key} must be {least} 0 and at most {most:g}, not {value}")
+        flags, resume = self.inference_args, self.resume  # max_model_len may be "32k" for vLLM
         if {"/", ":"} & {*self.vllm_server_host}:
             raise ValueError(f"vllm_server_host must be a name or address alone: {self.url}")
-        if {"model", "port"} & {*self.inference_args}:
+        if {"model", "port"} & {*flags}:
             raise ValueError("inference.args: set `model` and vllm_server_port instead")
-        longest = self.inference_args.get("max_model_len")  # vLLM also knows "32k"
-        if isinstance(longest, int) and self.max_tokens >= longest:
+        if isinstance(longest := flags.get("max_model_len"), int) and self.max_tokens >= longest:
             raise ValueError("max_tokens must be below max_model_len, which holds the prompt, too")
-        if self.inference_args.get("enable_sleep_mode") and (
-                self.async_steps or self.sync_to_vllm_every != 1):  # which wakes it
+        if flags.get("enable_sleep_mode") and (self.async_steps or self.sync_to_vllm_every != 1):
             raise ValueError("enable_sleep_mode needs async_steps = 0 and sync_to_vllm_every = 1")
-        if isinstance(self.resume, str) and not Path(self.resume, "checksums.json").exists():
-            raise ValueError(f"resume must be true or a checkpoint's folder, not {self.resume!r}")
+        if isinstance(resume, str) and not Path(resume, "checksums.json").exists():
+            raise ValueError(f"resume must be true or a checkpoint's folder, not {resume!r}")
         if self.batch_size % self.rollouts_per_step or self.group_size < 2:
             raise ValueError(f"batch_size {self.batch_size} must be rollouts_per_step "
                              f"{self.rollouts_per_step} times G, the group size, at least 2")
 
-    @property
-    def group_size(self) -> int:  # G
-        return self.batch_size // self.rollouts_per_step
-
-    @property
-    def local(self) -> bool:  # then train.py may start the server
-        return self.vllm_server_host in ("0.0.0.0", "127.0.0.1", "localhost")
-
-    @property
-    def backend(self) -> str:  # of vLLM's for the weights: no GPU, other GPUs, the same GPU
-        if not torch.cuda.is_available():
-            return "gloo"
-        return "nccl" if self.trainer_gpus else "ipc"
-
-    @property
-    def server_gpus(self) -> int:  # 0: it runs on the CPU
-        return max(1, self.inference_gpus) if torch.cuda.is_available() else 0
-
-    @property
-    def url(self) -> str:
-        host = "127.0.0.1" if self.local else self.vllm_server_host
-        return f"http://{host}:{self.vllm_server_port}"
-
-
-KEYS = {"model": "model", "env.id": "env_id", "env.args": "env_args",  # in TOML -> in the config
-        "inference.gpus": "inference_gpus", "inference.args": "inference_args",
-        "trainer.gpus": "trainer_gpus"}
-KEYS |= {f"trainer.args.{f.name}": f.name for f in fields(MultimodalRLConfig)
-         if f.name not in KEYS.values()}
+    # What follows: G; where the server is, on how many GPUs (0: a CPU), how weights come to it
+    group_size = property(lambda self: self.batch_size // self.rollouts_per_step)
+    local = property(lambda self: self.vllm_server_host in ("0.0.0.0", "127.0.0.1", "localhost"))
+    url = property(lambda self: "http://{}:{}".format(
+        "127.0.0.1" if self.local else self.vllm_server_host, self.vllm_server_port))
+    server_gpus = property(lambda self: max(1, self.inference_gpus) * torch.cuda.is_available())
+    backend = property(lambda self: "gloo" if not self.server_gpus else
+                       "nccl" if self.trainer_gpus else "ipc")  # on the server's own GPU
 
 
 def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
     """A TOML file and overrides ("seed=1", "env.args.n=3", "model=X"); ValueError in one line."""
-    values = {}
-
-    def read(table: dict, prefix: str = "") -> None:
-        for key, value in table.items():
-            if name := KEYS.get(prefix + key):
-                merge = isinstance(value, dict) and isinstance(values.get(name), dict)
-                values[name] = values[name] | value if merge else value
-            elif isinstance(value, dict):
-                read(value, f"{prefix}{key}.")
-            else:
-                plain = {name.removeprefix("trainer.args."): name for name in KEYS}
-                near, = difflib.get_close_matches((prefix + key).removeprefix("trainer.args."),
-                                                  plain, n=1, cutoff=0)
-                raise ValueError(f"unknown key {prefix + key!r}; did you mean {plain[near]!r}?")
-
+    names, prefix = [f.name for f in fields(MultimodalRLConfig)], "trainer.args."
+    keys = {name.replace("_", ".", 1): name for name in names[:6]}  # model, env.id, env.args, ...
+    keys |= {prefix + name: name for name in names[6:]}
     try:
-        read(tomli.loads(Path(path).read_text()))
+        pairs, values = [*tomli.loads(Path(path).read_text()).items()], {}
         for override in overrides:  # a bare key is one of [trainer.args], a bare word a string
             key, equals, text = override.partition("=")
             if not equals:
                 raise ValueError(f"override {override!r} is not key=value or table.key=value")
-            key = key if "." in key or key == "model" else f"trainer.args.{key}"
+            key = key if "." in key or key == "model" else prefix + key
             try:
-                read(tomli.loads(f"{key} = {text}"))
+                pairs += tomli.loads(f"{key} = {text}").items()
             except tomli.TOMLDecodeError:
-                read(tomli.loads(f"{key} = {json.dumps(text)}"))
+                pairs += tomli.loads(f"{key} = {json.dumps(text)}").items()
+        for key, value in pairs:  # those of a table are appended
+            if name := keys.get(key):
+                merge = isinstance(value, dict) and isinstance(values.get(name), dict)
+                values[name] = values[name] | value if merge else value
+            elif isinstance(value, dict):
+                pairs += [(f"{key}.{inner}", value[inner]) for inner in value]
+            else:
+                plain = {full.removeprefix(prefix): full for full in keys}
+                near, *_ = difflib.get_close_matches(key.removeprefix(prefix), plain, cutoff=0)
+                raise ValueError(f"unknown key {key!r}; did you mean {plain[near]!r}?")
         if not values.get("model") or not values.get("env_id"):
             raise ValueError('it must set model = "..." and [env] id = "..."')
         return MultimodalRLConfig(**values)
@@ -640,10 +613,9 @@ def shard(policy: Policy) -> None:
     """FSDP2: every rank holds a slice of each block, of its gradient and its optimizer state."""
     bf16 = torch.bfloat16 if torch.cuda.is_available() else None
     precision = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
-    for module in policy.model.modules():
-        if type(module).__name__ in policy.model._no_split_modules:
+    for module in (*policy.model.modules(), policy):
+        if module is policy or type(module).__name__ in policy.model._no_split_modules:
             fully_shard(module, mp_policy=precision)
-    fully_shard(policy, mp_policy=precision)
 
 
 def add_adapters(model, rank: int) -> None:
@@ -666,9 +638,8 @@ def fold_adapters(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def checksums(folder: Path) -> dict[str, str]:
     """{file: SHA-256} of a checkpoint, but for the list of these itself."""
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "checksums.json"]
-    return {str(path.relative_to(folder)):
-            hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in files}
+    return {os.path.relpath(path, folder): file_digest(path.open("rb"), "sha256").hexdigest()
+            for path in folder.rglob("*") if path.is_file() and path.name != "checksums.json"}
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -696,7 +667,7 @@ def mistakes():
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
 
 
@@ -713,21 +684,15 @@ def command_line(program: str) -> MultimodalRLConfig:
 def join_ranks() -> tuple[int, int]:
     """(rank, number of ranks) of this process, grouped with the others if torchrun made it."""
     if "RANK" in os.environ and not distributed.is_initialized():
-        # rank 0 may take long to bring a server back; if it dies torchrun ends the others
-        distributed.init_process_group(timeout=timedelta(hours=2))
+        distributed.init_process_group(timeout=timedelta(hours=2))  # rank 0 may restart a server
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # vLLM's groups have a store each
-    if not distributed.is_initialized():
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextlib.contextmanager
 def served(config: MultimodalRLConfig):
-    """Yields a trainer with its server: the one that is up, else, on this machine, our own.
-
-    For several trainer GPUs this process becomes torchrun; its ranks but the first are silent.
-    """
-    if config.trainer_gpus > 1 and "RANK" not in os.environ:
+    """Yields a trainer with its server: the one that is up, else, on this machine, our own."""
+    if config.trainer_gpus > 1 and "RANK" not in os.environ:  # this process becomes torchrun
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                   f"--nproc-per-node={config.trainer_gpus}", *sys.argv])
     if join_ranks()[0] > 0:
