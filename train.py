@@ -306,10 +306,7 @@ class MultimodalGRPOTrainer:
         self.ahead = collections.deque()  # steps whose rollouts are under way
 
     def train(self) -> None:
-        """Sync, roll out, update, until max_steps; an error leaves a checkpoint behind, too.
-
-        TimeoutError if the server is not up, and does not come up in vllm_server_timeout.
-        """
+        """Sync, roll out, update, until max_steps; save, after errors too. Needs the server."""
         config, shown = self.config, ("loss", "ir", "ent", "kl", "reward")
         self.on_lead(self.open_run_dir)
         bar = tqdm(total=config.max_steps, initial=self.step, disable=self.rank > 0)
@@ -318,9 +315,9 @@ class MultimodalGRPOTrainer:
                 self.with_server(self.evaluate)
                 start = time.perf_counter()
                 outputs = self.with_server(self.rollouts)
-                middle = time.perf_counter()
+                sampled = time.perf_counter()
                 metrics = self.update(outputs)
-                self.on_lead(lambda: self.log(metrics, outputs, start, middle))
+                self.on_lead(lambda: self.log(metrics, outputs, start, sampled))
                 bar.set_postfix({name: metrics[name] for name in shown}, refresh=False)
                 bar.update()
                 if config.save_every_steps and self.step % config.save_every_steps == 0:
@@ -467,7 +464,7 @@ class MultimodalGRPOTrainer:
         torch.save(vars(batch), path)
         tqdm.write(said := f"step {self.step + 1}: loss or gradient is not finite; see {path}")
         if self.bad_steps == ATTEMPTS:
-            raise RuntimeError(f"{said}. In a row: {ATTEMPTS}; lower learning_rate, mend data")
+            raise RuntimeError(f"{said}. In a row: {ATTEMPTS}; lower learning_rate or mend data")
 
     def build_batch(self, outputs: GenerateOutputs) -> MultimodalBatch:
         """The adapter's batch with advantages, and without sampled vision tokens."""
@@ -524,13 +521,13 @@ class MultimodalGRPOTrainer:
             self.write({"step": step, **means})
             tqdm.write(f"step {step}: held-out reward {means['eval/reward']:.3f}")
 
-    def log(self, metrics: dict, outputs: GenerateOutputs, start: float, middle: float) -> None:
+    def log(self, metrics: dict, outputs: GenerateOutputs, start: float, sampled: float) -> None:
         """A line of metrics.jsonl; every log_every_steps three completions and their images."""
         step, end = self.step, time.perf_counter()
         self.write({**metrics, "tokens_per_second": metrics["tokens"] / (end - start),
                     "staleness": step - 1 - outputs.weight_version,
                     "seconds_waited": max(0.0, start - max(outputs.finished)),
-                    "seconds_rollout": middle - start, "seconds_train": end - middle,
+                    "seconds_rollout": sampled - start, "seconds_train": end - sampled,
                     "seconds_sync": self.seconds_sync})
         self.seconds_sync = 0.0
         for reason, count in collections.Counter(outputs.dropped).most_common(3):
@@ -584,10 +581,7 @@ class MultimodalGRPOTrainer:
         return sorted(self.run_dir.glob("checkpoint-*"), key=os.path.getmtime)
 
     def resume(self) -> None:
-        """Load the checkpoint that config.resume names, or the newest whole one if it is True.
-
-        ValueError if the one that is named is damaged, or if it is of another model.
-        """
+        """Load what config.resume asks for; ValueError if it is damaged or of another model."""
         wanted = self.config.resume
         found = [Path(wanted)] if isinstance(wanted, str) else self.checkpoints()[::-1] * wanted
         path = self.on_lead(lambda: next(filter(is_whole, found), None))
