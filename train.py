@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from hashlib import file_digest
 from pathlib import Path
@@ -37,9 +37,10 @@ from loss import group_advantages, grpo_loss, token_logprobs
 from rollout import GenerateOutputs, Generator, ServerError, load_environment
 
 ATTEMPTS = 3  # at anything that needs the server, and at finite numbers, before the run ends
-CAUSES = ("weights that do not arrive, a server without --logprobs-mode processed_logprobs, "
-          "another dtype or attention kernel, or other pixel limits in the server's processor")
+CAUSES = ("weights that do not arrive, a server without --logprobs-mode processed_logprobs, other "
+          "dtypes, kernels or pixel limits, or a model that vLLM computes in another way")
 MEANS = ("ir", "ent", "kl", "masked_fraction", "clip_fraction")
+SAMPLED = ("completion", "answer", "reward", "finish_reason")
 MAY_BE_ZERO = ("mask_ratio_low", "max_dropped", "async_steps", "sync_to_vllm_every",
                "inference_gpus", "trainer_gpus")
 AT_MOST = {"mask_ratio_low": 1, "clip_low": 1, "max_dropped": 1, "vllm_server_port": 65535}
@@ -233,16 +234,16 @@ class MultimodalGRPOTrainer:
     def __init__(self, model, tokenizer, adapter: MultimodalAdapter, config: MultimodalRLConfig):
         self.model, self.tokenizer, self.adapter, self.config = model, tokenizer, adapter, config
         self.rank, self.world = join_ranks()
+        self.run_dir, self.wandb = Path(config.output_dir, config.run_name), None
         self.environment = config.env_id and load_environment(config.env_id, config.env_args)
         if self.environment and config.eval_every_steps and not len(self.environment.eval):
             raise ValueError(f"eval_every_steps: {config.env_id!r} has no held-out split")
-        self.run_dir, self.wandb = Path(config.output_dir, config.run_name), None
         if config.wandb_project and self.rank == 0:
             import wandb
             self.wandb = wandb.init(project=config.wandb_project, name=config.run_name,
-                                    config=asdict(config))
+                                    config=vars(config))
         self.step = self.saved = self.bad_steps = self.stopping = self.seconds_sync = 0
-        self.metrics_bytes = self.common_error = None  # of the run that goes on; of all ranks
+        self.past_metrics = ""  # of the run that goes on
         self.banned = vision_token_ids(model.config)
         # dropout would make the trainer another policy than the one that sampled; but
         # Hugging Face checkpoints gradients in training mode alone, and then without a cache
@@ -251,8 +252,11 @@ class MultimodalGRPOTrainer:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.can_share, self.calibrated = not config.gradient_checkpointing, False
         transformers.set_seed(config.seed)  # the same adapters on every rank
-        if config.lora_rank:
-            add_adapters(model, config.lora_rank)
+        if config.lora_rank:  # W + LORA_SCALE B A, in all linear layers but the head
+            import peft
+            peft.inject_adapter_in_model(peft.LoraConfig(
+                r=config.lora_rank, lora_alpha=LORA_SCALE * config.lora_rank,
+                target_modules="all-linear"), model)
         if config.freeze_vision:
             parts = torch.nn.ModuleList([model.get_decoder(), model.get_output_embeddings()])
             for p in {*model.parameters()} - {*parts.parameters()}:
@@ -269,24 +273,19 @@ class MultimodalGRPOTrainer:
         self.ahead = collections.deque()  # steps whose rollouts are under way
 
     def train(self) -> None:
-        """Sync, roll out, update, until max_steps. The server must be up, or come up in time.
-
-        Continues an earlier run if config.resume says so. An error leaves a checkpoint behind.
-        """
-        config = self.config
+        """Sync, roll out, update, until max_steps; save, after errors too. Needs the server."""
+        config, shown = self.config, ("loss", "ir", "ent", "kl", "reward")
         self.on_lead(self.open_run_dir)
         bar = tqdm(total=config.max_steps, initial=self.step, disable=self.rank > 0)
         try:
             while self.step < config.max_steps and not self.on_lead(lambda: self.stopping):
                 self.with_server(self.evaluate)
-                clock = [time.perf_counter()]
+                start = time.perf_counter()
                 outputs = self.with_server(self.rollouts)
-                clock.append(time.perf_counter())
+                sampled = time.perf_counter()
                 metrics = self.update(outputs)
-                clock.append(time.perf_counter())
-                self.on_lead(lambda: self.log(metrics, clock, outputs))
-                bar.set_postfix({name: f"{metrics[name]:.3g}" for name in
-                                 ("loss", "ir", "ent", "kl", "reward")}, refresh=False)
+                self.on_lead(lambda: self.log(metrics, outputs, start, sampled))
+                bar.set_postfix({name: metrics[name] for name in shown}, refresh=False)
                 bar.update()
                 if config.save_every_steps and self.step % config.save_every_steps == 0:
                     self.save()
@@ -294,7 +293,6 @@ class MultimodalGRPOTrainer:
             if self.world == 1 or error is self.common_error:  # one rank alone cannot save
                 self.save()
             raise
-        bar.close()
         self.save()
         if self.step == config.max_steps:
             self.with_server(self.evaluate)
@@ -308,17 +306,16 @@ class MultimodalGRPOTrainer:
     def on_lead(self, action):
         """action() on rank 0; every rank gets its result, or its exception."""
         found = [None, None]
-        if self.rank == 0:
-            try:
-                found[0] = action()
-            except Exception as error:
-                found[1] = error
+        try:
+            found[0] = action() if self.rank == 0 else None
+        except Exception as error:
+            found[1] = error
         if self.world > 1:
             distributed.broadcast_object_list(found)
-        if found[1]:
-            self.common_error = found[1]
-            raise found[1]
-        return found[0]
+        result, self.common_error = found
+        if self.common_error:
+            raise self.common_error
+        return result
 
     def with_server(self, action=lambda: None):
         """action() on rank 0, on a server with our weights; restored, if lost, and tried again."""
@@ -327,8 +324,12 @@ class MultimodalGRPOTrainer:
                 try:
                     self.generator = self.generator or Generator(
                         self.environment, self.config, self.banned,
-                        self.adapter.encode if self.adapter.processor else None)
-                    self.send_weights()
+                        self.adapter.processor and self.adapter.encode)
+                    has, every = self.server.version, self.config.sync_to_vllm_every
+                    if every and (has is None or has < self.step // every * every):
+                        start = time.perf_counter()
+                        self.server.send(self.source, self.step)
+                        self.seconds_sync = time.perf_counter() - start
                     return action()
                 except ServerError as error:
                     if not left:
@@ -339,22 +340,14 @@ class MultimodalGRPOTrainer:
 
         return self.on_lead(attempts)
 
-    def send_weights(self) -> None:
-        """Send them if sync_to_vllm_every says so, or if the server has none of ours."""
-        every, has = self.config.sync_to_vllm_every, self.server.version
-        if every and (has is None or self.step % every == 0 and has != self.step):
-            start = time.perf_counter()
-            self.server.send(self.source, self.step)
-            self.seconds_sync = time.perf_counter() - start
-
     def rollouts(self) -> GenerateOutputs:
         """This step's completions; those of the next async_steps are begun in the background."""
         config = self.config
         end = min(self.step + 1 + config.async_steps, config.max_steps)
         for step in range(self.step + len(self.ahead), end):
-            self.ahead.append((self.server.version or 0, self.generator.begin(
-                step, config.rollouts_per_step, config.group_size)))
-        version, collect = self.ahead.popleft()
+            collect = self.generator.begin(step, config.rollouts_per_step, config.group_size)
+            self.ahead.append((collect, self.server.version or 0))
+        collect, version = self.ahead.popleft()
         outputs = collect()
         outputs.weight_version = version
         if config.inference_args.get("enable_sleep_mode"):  # until the next weights
@@ -378,9 +371,9 @@ class MultimodalGRPOTrainer:
             alike = [micro for micro in micros if bool(micro.image_rows) == images]
             for start in range(0, len(alike), self.world):
                 turn = alike[start:start + self.world]
-                pays = share is None and all(m.sharing_pays(hidden) for m in turn)
+                pays = all(m.sharing_pays(hidden) for m in turn) if share is None else share
                 counts = self.rank < len(turn)
-                yield turn[self.rank * counts], self.can_share and bool(share or pays), counts
+                yield turn[self.rank * counts].to(self.device), self.can_share and pays, counts
 
     def update(self, outputs: GenerateOutputs) -> dict[str, float]:
         """One optimizer step on the given completions, without a server. Returns its metrics.
@@ -388,12 +381,11 @@ class MultimodalGRPOTrainer:
         Equal example_id make a group. ir, ent, kl and the like are means over forwarded tokens. If
         loss or gradient are not finite the step is skipped; RuntimeError at the third in a row.
         """
-        config, batch = self.config, self.build_batch(outputs)
-        num_tokens, sums = batch.loss_mask.sum().item(), collections.Counter()
+        config, batch, sums = self.config, self.build_batch(outputs), collections.Counter()
+        num_tokens = batch.loss_mask.sum().item()
         if num_tokens and not self.calibrated:
             self.calibrate(batch)
         for micro, share, counts in self.deal(batch):
-            micro = micro.to(self.device)
             loss, part = grpo_loss(
                 *self.logprobs(micro, share), micro.behavior_logprobs, micro.advantages,
                 micro.loss_mask, num_tokens, mask_ratio_low=config.mask_ratio_low,
@@ -411,18 +403,18 @@ class MultimodalGRPOTrainer:
         norm = self.clip_gradients(config.max_grad_norm)
         lr = config.learning_rate * min(1.0, (self.step + 1) / max(1, config.warmup_steps))
         self.optimizer.param_groups[0]["lr"] = lr
-        if finite := math.isfinite(sums["loss"] + norm):
+        self.bad_steps = 0 if math.isfinite(sums["loss"] + norm) else self.bad_steps + 1
+        if not self.bad_steps:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.bad_steps = 0 if finite else self.bad_steps + 1
-        if not finite:
+        if self.bad_steps:
             self.on_lead(lambda: self.dump(batch))
         self.step += 1
         if config.sync_to_vllm_every and self.step % config.sync_to_vllm_every == 0:
             self.source.weights = self.full_weights()
         return {"step": self.step, "loss": sums["loss"], "grad_norm": norm, "lr": lr,
                 **{name: sums[name] / max(sums["tokens"], 1) for name in MEANS},
-                "skipped": int(not finite), "tokens": num_tokens,
+                "skipped": int(self.bad_steps > 0), "tokens": num_tokens,
                 "shared_fraction": sums["shared"] / len(batch),
                 "padding_fraction": sums["padding"] / max(sums["padding"] + sums["real"], 1),
                 **rollout_metrics(batch, outputs)}
@@ -430,24 +422,22 @@ class MultimodalGRPOTrainer:
     def clip_gradients(self, most: float) -> float:
         """Their norm, before they are clipped."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), most)
-        return (norm.full_tensor() if self.world > 1 else norm).item()
+        return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
     def dump(self, batch: MultimodalBatch) -> None:
         """Write a batch without finite loss or gradient, for torch.load(weights_only=True)."""
         path = self.run_dir / f"bad-batch-{self.step + 1}.pt"
         self.run_dir.mkdir(parents=True, exist_ok=True)
         torch.save(vars(batch), path)
-        tqdm.write(message := f"step {self.step + 1}: loss or gradient is not finite; see {path}")
+        tqdm.write(said := f"step {self.step + 1}: loss or gradient is not finite; see {path}")
         if self.bad_steps == ATTEMPTS:
-            raise RuntimeError(f"{message}. In a row: {ATTEMPTS}. Lower learning_rate, or look "
-                               "for pixels or tokens that this model cannot compute")
+            raise RuntimeError(f"{said}. In a row: {ATTEMPTS}; lower learning_rate or mend data")
 
     def build_batch(self, outputs: GenerateOutputs) -> MultimodalBatch:
         """The adapter's batch with advantages, and without sampled vision tokens."""
-        batch = self.adapter.build_batch(outputs)
+        batch = self.adapter.build_batch(outputs).cut_at(self.banned)
         if len(batch) != len(outputs):
             raise ValueError(f"build_batch made {len(batch)} rows of {len(outputs)} completions")
-        batch = batch.cut_at(self.banned)
         if self.config.mask_truncated:
             batch.loss_mask[torch.tensor([f == "length" for f in outputs.finish_reason])] = 0
         batch.advantages = group_advantages(batch.rewards, torch.tensor(outputs.example_id),
@@ -455,78 +445,71 @@ class MultimodalGRPOTrainer:
         return batch
 
     def calibrate(self, batch: MultimodalBatch) -> dict[str, float]:
-        """Print how far the server's logprobs of a few completions are off; RuntimeError if far.
+        """How far the server's logprobs of a few completions are off; RuntimeError if that is far.
 
-        Prompts will not be shared if that fails, or changes logprobs or gradient (as a detached
-        cache would).
+        Prompts will not be shared if that fails, or changes logprobs or gradients of these.
         """
         def probe(share: bool) -> tuple[Tensor, float]:
             logprobs, _ = self.logprobs(micro, share)
-            (logprobs.sum(1) @ torch.arange(1.0, len(micro) + 1).to(self.device)).backward()
+            logprobs.sum().backward()
             norm = self.clip_gradients(math.inf)
             self.model.zero_grad()
             return logprobs.detach(), norm
 
-        self.calibrated, trained = True, batch.loss_mask.bool().any(1).nonzero()[:, 0]
+        self.calibrated, trained = True, batch.loss_mask.any(1).nonzero()[:, 0]
         first = torch.linspace(0, max(0, len(trained) - 2), 4).long()  # and each one's neighbour
         rows = torch.cat([first, first + 1]).clamp(max=len(trained) - 1).unique()
         micro = batch.select(trained[rows[:self.config.micro_batch_size]]).to(self.device)
-        fp32 = self.device.type == "cpu" and self.model.dtype == torch.float32
-        exact, mean_exact = (1e-4, 1e-4) if fp32 else (0.2, 0.05)
-        plain, norm = probe(False)
+        exact = 1e-4 if self.device.type == "cpu" and self.model.dtype == torch.float32 else 0.2
+        alone = probe(False)
         try:
-            shared, shared_norm = probe(True) if self.can_share else (plain, norm)
-            off = (plain - shared).abs().max()
-            if not (off <= exact and abs(norm - shared_norm) <= 10 * exact * norm):
-                raise ValueError(f"logprobs differ by {off:.1e}, gradients {norm}, {shared_norm}")
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            self.can_share = False
+            shared = probe(True) if self.can_share else alone
+            torch.testing.assert_close(shared, alone, rtol=exact, atol=exact)
+        except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+            self.can_share = False  # a detached cache, say, would lose the prompts' gradients
             self.model.zero_grad()
             tqdm.write("prompts are not shared, every completion is forwarded with its own: "
-                       f"{type(error).__name__}: {str(error)[:200]}")
-        off = (plain - micro.behavior_logprobs)[micro.loss_mask.bool()]
+                       + " ".join(str(error).split())[:200])
+        off = (alone[0] - micro.behavior_logprobs)[micro.loss_mask.bool()]
         found = {"max": off.abs().max().item(), "mean": off.abs().mean().item(),
                  "kl": (off.expm1() - off).mean().item()}
         tqdm.write(said := f"trainer and server: logprobs of {len(off)} tokens differ by "
                    "{max:.1e} at most, {mean:.1e} in the mean; KL {kl:.1e}".format(**found))
-        if self.on_lead(lambda: self.server.version is not None and found["mean"] > mean_exact):
-            self.common_error = RuntimeError(f"{said}. These are different policies: {CAUSES}; "
-                                             "or vLLM computes this model in another way")
+        far = found["mean"] > min(exact, 0.05)
+        if self.on_lead(lambda: far and self.server.version is not None):  # it has our weights
+            self.common_error = RuntimeError(f"{said}. These are different policies, by {CAUSES}")
             raise self.common_error
         return found
 
     def evaluate(self) -> None:
         """Log the mean reward on the held-out split, sampled as in training, if that is due."""
-        every = self.config.eval_every_steps
-        if not every or self.step % every and self.step < self.config.max_steps:
-            return
-        outputs = self.generator.evaluate(self.config.eval_samples)
-        means = {f"eval/{name}": value for name, value in outputs.means().items()}
-        self.write({"step": self.step, **means})
-        tqdm.write(f"step {self.step}: held-out reward {means['eval/reward']:.3f} "
-                   f"({len(outputs)} completions)")
+        step, every = self.step, self.config.eval_every_steps
+        if every and (step % every == 0 or step == self.config.max_steps):
+            outputs = self.generator.evaluate(self.config.eval_samples)
+            means = {f"eval/{name}": value for name, value in outputs.means().items()}
+            self.write({"step": step, **means})
+            tqdm.write(f"step {step}: held-out reward {means['eval/reward']:.3f}")
 
-    def log(self, metrics: dict, clock: list[float], outputs: GenerateOutputs) -> None:
+    def log(self, metrics: dict, outputs: GenerateOutputs, start: float, sampled: float) -> None:
         """A line of metrics.jsonl; every log_every_steps three completions and their images."""
-        start, rolled_out, trained = clock
-        self.write({**metrics, "tokens_per_second": metrics["tokens"] / (trained - start),
-                    "staleness": self.step - 1 - outputs.weight_version,
+        step, end = self.step, time.perf_counter()
+        self.write({**metrics, "tokens_per_second": metrics["tokens"] / (end - start),
+                    "staleness": step - 1 - outputs.weight_version,
                     "seconds_waited": max(0.0, start - max(outputs.finished)),
-                    "seconds_rollout": rolled_out - start, "seconds_train": trained - rolled_out,
+                    "seconds_rollout": sampled - start, "seconds_train": end - sampled,
                     "seconds_sync": self.seconds_sync})
         self.seconds_sync = 0.0
         for reason, count in collections.Counter(outputs.dropped).most_common(3):
-            tqdm.write(f"step {self.step}: {count} completions dropped: {reason[:300]}")
+            tqdm.write(f"step {step}: {count} completions dropped: {reason[:300]}")
         if metrics["kl"] > self.config.kl_warning:
-            tqdm.write(f"step {self.step}: mismatch KL {metrics['kl']:.2g}, usually from {CAUSES}")
-        if self.step % self.config.log_every_steps == 0:
-            folder = self.run_dir / "rollouts" / f"step-{self.step}"
+            tqdm.write(f"step {step}: mismatch KL {metrics['kl']:.2g}, usually from {CAUSES}")
+        if step % self.config.log_every_steps == 0:
+            folder = self.run_dir / "rollouts" / f"step-{step}"
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(0, len(outputs), max(1, len(outputs) // 3)):
-                record = {name: outputs[name][i] for name in
-                          ("completion", "answer", "reward", "finish_reason")}
-                record["prompt"] = self.tokenizer.decode(outputs.prompt_ids[i])
-                (folder / f"{i}.json").write_text(json.dumps(record, default=str))
+                sample = {key: outputs[key][i] for key in SAMPLED}
+                sample["prompt"] = self.tokenizer.decode(outputs.prompt_ids[i])
+                (folder / f"{i}.json").write_text(json.dumps(sample, default=str))
                 for j, image in enumerate(outputs.images[i]):
                     image.save(folder / f"{i}-{j}.png")
 
@@ -537,10 +520,7 @@ class MultimodalGRPOTrainer:
             self.wandb.log(metrics, step=self.step)
 
     def save(self) -> None:
-        """Write run_dir/checkpoint-STEP, whole or not at all; then the oldest ones go.
-
-        It is for from_pretrained, for vLLM and for resume.
-        """
+        """Write run_dir/checkpoint-STEP, for from_pretrained and vLLM too; whole or not at all."""
         if self.saved == self.step:
             return
         self.saved = self.step
@@ -557,28 +537,24 @@ class MultimodalGRPOTrainer:
                     "unfolded": weights if self.config.lora_rank else None,
                     "cuda": torch.cuda.get_rng_state_all(), "python": random.getstate(),
                     "numpy": (name, keys.tolist(), *rest),
-                    "metrics_bytes": os.path.getsize(self.run_dir / "metrics.jsonl")},
+                    "metrics": (self.run_dir / "metrics.jsonl").read_text()},
                    partial / "trainer.pt")
         (partial / "checksums.json").write_text(json.dumps(checksums(partial)))
-        os.sync()  # before the name says that it is whole
         partial.rename(target)
-        os.sync()
+        os.sync()  # all of it, before the oldest ones go
         for path in self.checkpoints()[:-self.config.keep_checkpoints]:
             shutil.rmtree(path)
 
     def checkpoints(self) -> list[Path]:
         """Those of this run, the newest last."""
-        return sorted(self.run_dir.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime_ns)
+        return sorted(self.run_dir.glob("checkpoint-*"), key=os.path.getmtime)
 
     def resume(self) -> None:
-        """Load what config.resume names: weights, optimizer, step and random generators.
-
-        ValueError if that is damaged or does not fit. If it is True, damaged ones are passed over.
-        """
+        """Load what config.resume asks for; ValueError if it is damaged or of another model."""
         wanted = self.config.resume
         found = [Path(wanted)] if isinstance(wanted, str) else self.checkpoints()[::-1] * wanted
         path = self.on_lead(lambda: next(filter(is_whole, found), None))
-        if not path:
+        if path is None:
             if isinstance(wanted, str):
                 raise ValueError(f"resume = {wanted!r} is no whole checkpoint")
             return
@@ -596,37 +572,29 @@ class MultimodalGRPOTrainer:
         numpy.random.set_state(state["numpy"])
         self.step = self.saved = state["step"]
         if path.resolve().parent == self.run_dir.resolve():
-            self.metrics_bytes = state["metrics_bytes"]
+            self.past_metrics = state["metrics"]
         tqdm.write(f"resumed from {path}")
 
     def open_run_dir(self) -> None:
-        """Cut off the metrics after the checkpoint; the folder of a run given up is renamed."""
+        """Set the metrics back to the checkpoint's; the folder of a run given up is renamed."""
         metrics = self.run_dir / "metrics.jsonl"
-        if metrics.exists() and self.metrics_bytes is None:
+        if metrics.exists() and not self.past_metrics:
             self.run_dir.rename(f"{self.run_dir}-past-{time.time_ns()}")
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        metrics.touch()
-        os.truncate(metrics, min(self.metrics_bytes or 0, os.path.getsize(metrics)))
+        metrics.write_text(self.past_metrics)
 
 
 def shard(policy: Policy) -> None:
     """FSDP2: every rank holds a slice of each block, of its gradient and its optimizer state."""
     bf16 = torch.bfloat16 if torch.cuda.is_available() else None
-    precision = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
-    for module in (*policy.model.modules(), policy):
-        if module is policy or type(module).__name__ in policy.model._no_split_modules:
-            fully_shard(module, mp_policy=precision)
-
-
-def add_adapters(model, rank: int) -> None:
-    """LoRA (arXiv 2106.09685): W + LORA_SCALE B A for every linear layer but the head."""
-    import peft
-    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank,
-                                                 target_modules="all-linear"), model)
+    precision = MixedPrecisionPolicy(bf16, reduce_dtype=torch.float32)
+    blocks = policy.model._no_split_modules
+    for module in [*(m for m in policy.modules() if type(m).__name__ in blocks), policy]:
+        fully_shard(module, mp_policy=precision)
 
 
 def fold_adapters(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """W + LORA_SCALE B A under W's own name; the weights given stay as they are."""
+    """W + LORA_SCALE B A (LoRA, arXiv 2106.09685) under W's own name; in a new dict."""
     folded = {name.replace(".base_layer", ""): tensor for name, tensor in weights.items()
               if ".lora_" not in name}
     for name, a in weights.items():
