@@ -57,7 +57,7 @@ class MultimodalRLConfig:
     inference_gpus: int = 1
     inference_args: dict = field(default_factory=dict)  # any flags of the vLLM server
     trainer_gpus: int = 1
-    run_name: str = "run"
+    run_name: str = "run"                   # from here on: [trainer.args]
     output_dir: str = "./outputs"           # everything is written to output_dir/run_name
     seed: int = 0
     max_steps: int = 500
