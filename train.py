@@ -654,7 +654,9 @@ def join_ranks() -> tuple[int, int]:
     if "RANK" in os.environ and not distributed.is_initialized():
         distributed.init_process_group(timeout=timedelta(hours=2))  # rank 0 may restart a server
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # vLLM's groups have a store each
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 @contextlib.contextmanager
