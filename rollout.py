@@ -74,10 +74,10 @@ class GenerateOutputs(SimpleNamespace):
     dropped: Sequence[str] = ()  # why some completions are missing
 
     @classmethod
-    def from_rollouts(cls, rollouts: list[Rollout]) -> "GenerateOutputs":  # of at least one
+    def from_rollouts(cls, rollouts: list[Rollout], dropped=()) -> "GenerateOutputs":  # 1 or more
         columns = {f.name: [getattr(r, f.name) for r in rollouts] for f in fields(Rollout)}
         columns["metrics"] = {n: [m[n] for m in columns["metrics"]] for n in rollouts[0].metrics}
-        return cls(**columns)
+        return cls(**columns, dropped=dropped)
 
     def means(self, prefix: str = "") -> dict[str, float]:
         """Of the reward, and of each reward function, whose names get the prefix."""
@@ -152,16 +152,13 @@ def png_data_uri(image: Image.Image) -> str:
 
 def render_prompt(prompt: list[dict]) -> tuple[list[dict], list[Image.Image]]:
     """Chat messages -> (the same in OpenAI form with PNG data URIs, the images in order)."""
-    images = []
-
-    def render(part: dict) -> dict:
-        if part["type"] not in ("image", "image_url"):
-            return part
-        images.append(load_image(part[part["type"]]))
-        return {"type": "image_url", "image_url": {"url": png_data_uri(images[-1])}}
-
-    return [m if isinstance(m["content"], str) else
-            {**m, "content": [render(part) for part in m["content"]]} for m in prompt], images
+    messages, images = [{**m, "content": m["content"][:]} for m in prompt], []
+    for parts in (m["content"] for m in messages if not isinstance(m["content"], str)):
+        for i, part in enumerate(parts):
+            if part["type"] in ("image", "image_url"):
+                images.append(load_image(part[part["type"]]))
+                parts[i] = {"type": "image_url", "image_url": {"url": png_data_uri(images[-1])}}
+    return messages, images
 
 
 def call(url: str, body: dict | None = None, method: str = "post", *, timeout: float,
@@ -225,45 +222,41 @@ class Generator:
         return self.submit([(rows, i, n, 2**39 + i * n) for i in range(len(rows))])()
 
     def submit(self, jobs: list[tuple]) -> Callable[[], GenerateOutputs]:
-        """Start jobs of (rows, index, n, first seed); what is returned waits for them.
+        """Start jobs of (rows, index, n, first seed); what is returned waits for them."""
+        groups = [self.pool.apply_async(self.group, job) for job in jobs]
+        return lambda: self.collect(jobs, groups)
 
-        What failed is left out and named in `dropped`. ServerError if the server is lost or hangs,
-        RuntimeError if more than max_dropped failed. generation_timeout is for rewards, too.
+    def collect(self, jobs: list[tuple], groups: list) -> GenerateOutputs:
+        """What did not fail; `dropped` says why the rest did.
+
+        ServerError if the server is lost or hangs, RuntimeError if more than max_dropped failed.
         """
-        dropped = []
-        groups = [(job, self.pool.apply_async(self.group, (*job, dropped))) for job in jobs]
+        rollouts, dropped, waves = [], [], 2 + len(jobs) // self.config.max_concurrent
+        deadline = time.monotonic() + waves * self.config.generation_timeout  # for rewards, too
+        for (_, index, n, _), group in zip(jobs, groups, strict=True):
+            try:
+                found = group.get(max(0, deadline - time.monotonic()))
+            except ServerError:
+                raise
+            except Exception as error:  # rows and images of an environment fail in any way
+                found = [error] * n
+            rollouts += [result for result in found if isinstance(result, Rollout)]
+            dropped += [(index, why) for why in found if isinstance(why, Exception)]
+        if any(isinstance(why, requests.Timeout) for _, why in dropped):
+            try:  # to sample a token: the health route would not notice an engine that hangs
+                self.call("v1/completions", {"prompt": "a", "max_tokens": 1})
+            except requests.Timeout as error:
+                raise ServerError(f"{self.url} hangs: {error}") from error
+        reasons = [f"example {i}: {type(why).__name__}: {why}" for i, why in dropped]
+        if not rollouts or len(dropped) > self.config.max_dropped * (len(dropped) + len(rollouts)):
+            raise RuntimeError(
+                f"{self.url}: {len(dropped)} completions failed and {len(rollouts)} did not (see "
+                f"max_dropped); the last: {reasons[-1]}") from dropped[-1][1]
+        return GenerateOutputs.from_rollouts(rollouts, reasons)
 
-        def collect() -> GenerateOutputs:
-            rollouts, waves = [], 2 + len(jobs) // self.config.max_concurrent
-            deadline = time.monotonic() + waves * self.config.generation_timeout
-            for (_, index, n, _), group in groups:
-                try:
-                    rollouts += group.get(max(0, deadline - time.monotonic()))
-                except ServerError:
-                    raise
-                except Exception as error:  # rows and images of an environment fail in any way
-                    dropped.extend([(index, error)] * n)
-            reasons = [f"example {i}: {type(why).__name__}: {why}" for i, why in dropped]
-            if any(isinstance(why, requests.Timeout) for _, why in dropped):
-                try:  # to sample a token: the health route would not notice an engine that hangs
-                    self.call("v1/completions", {"prompt": "a", "max_tokens": 1})
-                except requests.Timeout as error:
-                    raise ServerError(f"{self.url} hangs: {error}") from error
-            if not rollouts or len(dropped) > self.config.max_dropped * (
-                    len(dropped) + len(rollouts)):
-                raise RuntimeError(f"{self.url}: {len(dropped)} completions failed and "
-                                   f"{len(rollouts)} did not (see max_dropped); the last: "
-                                   f"{reasons[-1]}") from dropped[-1][1]
-            outputs = GenerateOutputs.from_rollouts(rollouts)
-            outputs.dropped = reasons
-            return outputs
-
-        return collect
-
-    def group(self, rows: Sequence[dict], index: int, n: int, seed: int,
-              dropped: list) -> list[Rollout]:
-        """One prompt's completions, scored; those that cannot be scored go to dropped."""
-        row, rollouts = rows[index], []
+    def group(self, rows: Sequence[dict], index: int, n: int, seed: int) -> list:
+        """One prompt's completions: for each a Rollout, or the exception why there is none."""
+        row = rows[index]
         messages, images = render_prompt(row["prompt"])
         # vLLM gives sample i of a request the seed + i: neighbours are n apart, none overlap
         reply = self.call("v1/chat/completions", {
@@ -274,21 +267,21 @@ class Generator:
                   "info": row.get("info") or {}, "state": {"image_url": url, **row},
                   "images": images, "prompt_ids": reply["prompt_token_ids"],
                   "encoded": self.encode(row["prompt"], images) if self.encode else None}
-        for choice in reply["choices"]:
-            text = choice["message"]["content"] or ""
-            try:
-                scores = {f.__name__: f(text, shared["answer"], **shared["info"])
-                          for f in self.environment.rewards}
-                if any(isinstance(x, str) or not math.isfinite(x) for x in scores.values()):
-                    raise ValueError(f"rewards must be finite numbers, not {scores}")
-            except Exception as error:  # reward functions, too, can fail in any way
-                dropped.append((index, error))
-                continue
-            weights = self.environment.weights or [1.0] * len(scores)
-            rollouts.append(Rollout(
-                completion=text, completion_ids=choice["token_ids"],
-                completion_logprobs=[t["logprob"] for t in choice["logprobs"]["content"]],
-                finish_reason=choice["finish_reason"], finished=time.perf_counter(),
-                reward=float(sum(w * x for w, x in zip(weights, scores.values(), strict=True))),
-                metrics={name: float(x) for name, x in scores.items()}, **shared))
-        return rollouts
+        return [self.score(choice, shared) for choice in reply["choices"]]
+
+    def score(self, choice: dict, shared: dict) -> Rollout | Exception:
+        """One completion with its reward, or what a reward function raised."""
+        text, rewards = choice["message"]["content"] or "", self.environment.rewards
+        try:
+            scores = {f.__name__: f(text, shared["answer"], **shared["info"]) for f in rewards}
+            if not all(map(math.isfinite, scores.values())):
+                raise ValueError(f"rewards must be finite numbers, not {scores}")
+        except Exception as error:  # they, too, can fail in any way
+            return error
+        weights = self.environment.weights or [1.0] * len(scores)
+        return Rollout(
+            completion=text, completion_ids=choice["token_ids"], finished=time.perf_counter(),
+            completion_logprobs=[t["logprob"] for t in choice["logprobs"]["content"]],
+            finish_reason=choice["finish_reason"],
+            reward=float(sum(w * x for w, x in zip(weights, scores.values(), strict=True))),
+            metrics={name: float(x) for name, x in scores.items()}, **shared)

@@ -293,6 +293,7 @@ class MultimodalGRPOTrainer:
             if self.world == 1 or error is self.common_error:  # one rank alone cannot save
                 self.save()
             raise
+        bar.close()
         self.save()
         if self.step == config.max_steps:
             self.with_server(self.evaluate)

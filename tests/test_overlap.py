@@ -64,7 +64,7 @@ def test_an_error_in_the_background_ends_the_run_with_its_own_words(server, tmp_
                                                   weights=None)
         with pytest.raises(RuntimeError, match="the judge is gone") as error:
             trainer.train()
-    assert any(entry.name == "group" for entry in _frames(error.value))
+    assert any(entry.name == "score" for entry in _frames(error.value))
 
 
 def _frames(error):
