@@ -645,9 +645,10 @@ def command_line(program: str) -> MultimodalRLConfig:
     transformers.logging.disable_progress_bar()  # an error is one line
     for number in (signal.SIGINT, signal.SIGTERM):  # unwind, so that a server of ours is stopped
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    if sys.argv[1:2] != ["@"] or len(sys.argv) < 3:
+    words = " ".join(sys.argv[1:2]).removeprefix("@").split() + sys.argv[2:]
+    if not words or not sys.argv[1].startswith("@"):
         raise ValueError(f"usage: python {program} @ config.toml [key=value ...]")
-    return load_config(sys.argv[2], sys.argv[3:])
+    return load_config(words[0], words[1:])
 
 
 def join_ranks() -> tuple[int, int]:
