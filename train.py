@@ -458,7 +458,7 @@ class MultimodalGRPOTrainer:
             return logprobs.detach(), norm
 
         self.calibrated, trained = True, batch.loss_mask.any(1).nonzero()[:, 0]
-        first = torch.linspace(0, max(0, len(trained) - 2), 4).long()  # and each one's neighbour
+        first = torch.linspace(0, max(0, len(trained) - 2), 2).long()  # and each one's neighbour
         rows = torch.cat([first, first + 1]).clamp(max=len(trained) - 1).unique()
         micro = batch.select(trained[rows[:self.config.micro_batch_size]]).to(self.device)
         exact = 1e-4 if self.device.type == "cpu" and self.model.dtype == torch.float32 else 0.2
