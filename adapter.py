@@ -1,15 +1,14 @@
 """Images and token ids -> MultimodalBatch, for any vision-language model with a processor.
 
-The server's token ids are trained on as they are. The processor runs once per prompt for all else
-(pixels, grids, token types); its ids must equal the server's, which proves that these fit.
-`python adapter.py MODEL` shows whether a model can be trained (models/check.py).
+The server's token ids are trained on as they are. The processor runs once per prompt for all else:
+pixels, grids, token types. Its ids must equal the server's, which proves that these fit them.
+`python -m support.check MODEL` shows whether a model can be trained.
 """
-import sys
+import importlib
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from batch import MultimodalBatch
@@ -17,80 +16,142 @@ from rollout import GenerateOutputs
 
 
 class MultimodalAdapter:
-    """The built-in adapter, given AutoProcessor's processor; or subclass it: write build_batch."""
-    processor = None
+    """The built-in adapter, given AutoProcessor's processor; or subclass it: write build_batch.
 
-    def __init__(self, processor=None):
+    A subclass is used from the command line by `[trainer] adapter = "module:Class"`. It is then
+    made with processor and tokenizer, which stay as they are in attributes of these names.
+    """
+    processor = None
+    tokenizer = None
+
+    def __init__(self, processor=None, tokenizer=None):
         self.processor = processor
+        self.tokenizer = tokenizer or getattr(processor, "tokenizer", None)
 
     def build_batch(self, outputs: GenerateOutputs) -> MultimodalBatch:
         """One (B, L) row per completion; ValueError if the server read a prompt otherwise."""
-        seen = {}  # (token ids, image objects) of a prompt -> its first row
-        prompts = enumerate(zip(outputs.prompt_ids, outputs.images, strict=True))
-        first = [seen.setdefault((tuple(p), *map(id, images)), i) for i, (p, images) in prompts]
-        first, index = torch.tensor(first).unique(return_inverse=True)
-        encoded = [self.encode_row(outputs, row) for row in first.tolist()]
-        rows = [(p + c, [1] * len(p + c), [0] * len(p) + [1] * len(c), [0.0] * len(p) + logprobs)
-                for p, c, logprobs in zip(outputs.prompt_ids, outputs.completion_ids,
-                                          outputs.completion_logprobs, strict=True)]
-        if any(len(ids) != len(logprobs) for ids, *_, logprobs in rows):
-            raise ValueError("the server must return one logprob for each token of a completion")
-        tokens = [pad_sequence([*map(torch.tensor, column)], True) for column in zip(*rows)]
-        inputs, image_rows = collate(encoded, index, width=tokens[0].shape[1])
-        return MultimodalBatch(*tokens, torch.tensor(outputs.reward, dtype=torch.float32),
-                               inputs.pop("pixel_values", None), inputs, index, image_rows)
+        first_rows, prompt_index = self.find_prompts(outputs)
+        encoded = [self.encode_row(outputs, row) for row in first_rows]
+        columns = {"input_ids": [], "attention_mask": [], "loss_mask": [], "behavior_logprobs": []}
+        for prompt, completion, logprobs in zip(outputs.prompt_ids, outputs.completion_ids,
+                                                outputs.completion_logprobs, strict=True):
+            if len(completion) != len(logprobs):
+                raise ValueError("the server must return one logprob for each sampled token, not "
+                                 f"{len(logprobs)} for {len(completion)}")
+            ids = torch.tensor(prompt + completion)
+            columns["input_ids"].append(ids)
+            columns["attention_mask"].append(torch.ones_like(ids))
+            columns["loss_mask"].append(torch.tensor([0] * len(prompt) + [1] * len(completion)))
+            columns["behavior_logprobs"].append(torch.tensor([0.0] * len(prompt) + logprobs))
+        tokens = {name: pad_sequence(rows, batch_first=True) for name, rows in columns.items()}
+        length = tokens["input_ids"].shape[1]
+        inputs, image_rows = collate(encoded, torch.tensor(prompt_index), length)
+        return MultimodalBatch(
+            **tokens, rewards=torch.tensor(outputs.reward, dtype=torch.float32),
+            pixel_values=inputs.pop("pixel_values", None), extra_model_kwargs=inputs,
+            prompt_index=torch.tensor(prompt_index), image_rows=image_rows)
+
+    def find_prompts(self, outputs: GenerateOutputs) -> tuple[list[int], list[int]]:
+        """The first row of each distinct prompt, and for each row the number of its prompt.
+
+        Prompts are the same if they have the same token ids and the same image objects.
+        """
+        numbers, first_rows, prompt_index = {}, [], []
+        for row, ids in enumerate(outputs.prompt_ids):
+            images = tuple(id(image) for image in outputs.images[row])
+            prompt = (tuple(ids), images)
+            if prompt not in numbers:
+                numbers[prompt] = len(numbers)
+                first_rows.append(row)
+            prompt_index.append(numbers[prompt])
+        return first_rows, prompt_index
 
     def encode(self, prompt: list[dict], images: list) -> dict[str, Tensor]:
         """All that the processor makes of one prompt with these PIL images."""
         if self.processor is None:
             raise ValueError("MultimodalAdapter() has no processor; pass one or write build_batch")
-        messages = [m if isinstance(m["content"], str) else {**m, "content": [
-            {"type": "image"} if part["type"] in ("image", "image_url") else part
-            for part in m["content"]]} for m in prompt]
+        messages = [{**message, "content": placeholders(message["content"])} for message in prompt]
         text = self.processor.apply_chat_template(messages, tokenize=False,
                                                   add_generation_prompt=True)
-        # the flat list and add_special_tokens matter: else some add a BOS or misread images
-        found = self.processor(text=[text], images=images or None, add_special_tokens=False,
-                               return_tensors="pt")
-        return {key: tensor.float() if tensor.is_floating_point() else tensor  # one is bfloat16
-                for key, tensor in found.items() if tensor is not None}
+        # With a nested list of images, or special tokens added, some families misread the images
+        # or begin with a token that the server does not have.
+        encoded = self.processor(text=[text], images=images or None, add_special_tokens=False,
+                                 return_tensors="pt")
+        tensors = {key: tensor for key, tensor in encoded.items() if tensor is not None}
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point():  # one family's are bfloat16
+                tensors[key] = tensor.float()
+        return tensors
 
     def encode_row(self, outputs: GenerateOutputs, row: int) -> dict[str, Tensor]:
-        """Its prompt encoded; ValueError shows where the processor and the server part."""
-        prompt, images = outputs.prompt[row], outputs.images[row]
-        encoded = getattr(outputs, "encoded", {row: None})[row] or self.encode(prompt, images)
+        """This row's prompt, encoded; ValueError shows where the processor and the server part."""
+        encoded = None
+        if outputs.encoded:
+            encoded = outputs.encoded[row]
+        if encoded is None:
+            encoded = self.encode(outputs.prompt[row], outputs.images[row])
         ours, served = encoded["input_ids"][0].tolist(), outputs.prompt_ids[row]
-        if ours != served:
-            at = next(i for i, (a, b) in enumerate(zip_longest(ours, served)) if a != b)
-            near = [ids[max(0, at - 5):at + 5] for ids in (ours, served)]
-            raise ValueError(
-                f"example {outputs.example_id[row]}: from token {at} on, processor and server "
-                f"({len(ours)} and {len(served)} tokens) differ, {near} = "
-                f"{[*map(self.processor.tokenizer.decode, near)]}, by other pixel limits on the "
-                "server (mm_processor_kwargs), another chat template, tokenizer, or truncation")
+        for at, (our_id, served_id) in enumerate(zip_longest(ours, served)):
+            if our_id != served_id:
+                near = [ids[max(0, at - 5):at + 5] for ids in (ours, served)]
+                texts = [self.tokenizer.decode(ids) for ids in near]
+                raise ValueError(
+                    f"example {outputs.example_id[row]}: from token {at} on, processor and server "
+                    f"({len(ours)} and {len(served)} tokens) differ, {near} = {texts}, by other "
+                    "pixel limits on the server (mm_processor_kwargs), another chat template, "
+                    "tokenizer, or truncation")
         return encoded
 
 
-def collate(encoded: list[dict], index: Tensor, width: int) -> tuple[dict, dict]:
+def placeholders(content: str | list[dict]) -> str | list[dict]:
+    """A message's content as chat templates want it: of an image only that it stands there."""
+    if isinstance(content, str):
+        return content
+    parts = []
+    for part in content:
+        is_image = part["type"] in ("image", "image_url")
+        parts.append({"type": "image"} if is_image else part)
+    return parts
+
+
+def collate(encoded: list[dict], prompt_index: Tensor, length: int) -> tuple[dict, dict]:
     """The processor's tensors of all prompts -> (extra_model_kwargs, image_rows).
 
-    Token-level ones, (1, prompt length), become (B, width) with 0 over completions; all others are
-    concatenated along dim 0, their other dims zero-padded to the largest.
+    Token-level ones, (1, prompt length), become (B, length) with 0 over completions. All others
+    are concatenated along dim 0, and zero-padded in their other dims to the largest.
     """
     inputs, image_rows = {}, {}
-    for key in sorted({key for e in encoded for key in e} - {"input_ids", "attention_mask"}):
-        if all(e[key].shape == e["input_ids"].shape for e in encoded if key in e):
-            lines = [e.get(key, torch.zeros_like(e["input_ids"])) for e in encoded]
-            inputs[key] = torch.cat([pad(p, (0, width - p.shape[1])) for p in lines])[index]
+    keys = {key for tensors in encoded for key in tensors} - {"input_ids", "attention_mask"}
+    for key in sorted(keys):
+        present = [tensors for tensors in encoded if key in tensors]
+        if all(tensors[key].shape == tensors["input_ids"].shape for tensors in present):
+            lines = [tensors.get(key, torch.zeros_like(tensors["input_ids"])) for tensors in encoded]
+            lines = torch.cat([zero_pad(line, [length]) for line in lines])  # (P, length)
+            inputs[key] = lines[prompt_index]                                # (B, length)
         else:
-            pieces = [e[key] for e in encoded if key in e]
-            sizes = [max(dims) for dims in zip(*(p.shape[:0:-1] for p in pieces), strict=True)]
-            inputs[key] = torch.cat([pad(p, [n for size, have in zip(sizes, p.shape[:0:-1])
-                                             for n in (0, size - have)]) for p in pieces])
-            image_rows[key] = [len(e.get(key, ())) for e in encoded]
+            shapes = [tensors[key].shape[1:] for tensors in present]
+            largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+            inputs[key] = torch.cat([zero_pad(tensors[key], largest) for tensors in present])
+            image_rows[key] = [len(tensors.get(key, ())) for tensors in encoded]
     return inputs, image_rows
 
 
-if __name__ == "__main__":
-    from models.check import main
-    sys.exit(main(sys.argv[1:]))
+def zero_pad(tensor: Tensor, sizes: list[int]) -> Tensor:
+    """The tensor with zeros after its entries, up to these sizes of all dims but the first."""
+    padding = []
+    for have, want in zip(tensor.shape[1:], sizes, strict=True):
+        padding = [0, want - have, *padding]  # torch counts dims from the last one
+    return torch.nn.functional.pad(tensor, padding)
+
+
+def load_adapter(name: str, processor) -> MultimodalAdapter:
+    """The built-in adapter, or the class that name = "module:Class" says; ValueError if none."""
+    if not name:
+        return MultimodalAdapter(processor)
+    module_name, _, class_name = name.partition(":")
+    try:
+        adapter_class = getattr(importlib.import_module(module_name), class_name)
+        return adapter_class(processor=processor, tokenizer=processor.tokenizer)
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
+        raise ValueError(f'adapter {name!r} is not "module:Class" of a MultimodalAdapter made with '
+                         f"processor and tokenizer: {error}") from error

@@ -1,9 +1,14 @@
-"""The tensors of one optimizer step, and their micro-batches.
+"""The tensors of one optimizer step: what they mean, whether they fit, and how they are cut.
 
-B completions in the step, L padded length, G completions per prompt, V vocabulary. Row b is
-[prompt | completion | padding]. Position t of every (B, L) tensor speaks of token t of input_ids:
-logprobs[:, t] scores input_ids[:, t], so column 0 is 0 and masked.
+The names of the shapes, here and everywhere: B completions in the step, L padded length, G
+completions per prompt (the group), P prompts, V vocabulary. Row b is [prompt | completion |
+padding]. Position t of every (B, L) tensor speaks of token t of input_ids: logprobs[:, t] scores
+input_ids[:, t], so column 0 is 0 and masked.
+
+Where the tensors come from is the adapter's business. What may be wrong with them without an error
+anywhere later is checked here, once, when a batch is made.
 """
+import copy
 import math
 from dataclasses import dataclass, field, replace
 
@@ -11,16 +16,28 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-PER_TOKEN = ("input_ids", "attention_mask", "loss_mask", "behavior_logprobs")
+PER_TOKEN = ("input_ids", "attention_mask", "loss_mask", "behavior_logprobs")  # (B, L)
+PER_ROW = ("rewards", "prompt_index", "advantages")                            # (B,)
+
+
+@dataclass
+class Fork:
+    """A batch that is cut where each row's first sampled token begins."""
+    prompts: dict[str, Tensor]      # model inputs (P, W_p), each prompt once, padded on the left
+    completions: dict[str, Tensor]  # model inputs (B, W_c), padded on the right
+    trained: Tensor                 # (B, W_c) bool: the loss mask of the completions
 
 
 @dataclass
 class MultimodalBatch:
-    """One row per completion; images once per prompt. Raises ValueError naming a wrong tensor.
+    """One row per completion, and the images once per prompt. ValueError names a wrong tensor.
 
-    pixel_values and extra_model_kwargs go to the model; those of shape (B, L) are token-level, all
-    others hold images along dim 0: image_rows[key][p] entries belong to prompt p, and row b shows
-    those of prompt_index[b]. Without these two every row has one image, or one grid, of its own.
+    pixel_values and extra_model_kwargs go to the model. Those of shape (B, L) are token-level. All
+    others hold images along dim 0: image_rows[key][p] of their entries belong to prompt p, and row
+    b shows the images of prompt prompt_index[b].
+
+    Without prompt_index every row is a prompt of its own. Without image_rows every row shows one
+    image: an entry of the tensor, or the patches that its line of image_grid_thw counts.
     """
     input_ids: Tensor                      # (B, L) int64
     attention_mask: Tensor                 # (B, L) 1 = a token, 0 = padding, which is at the end
@@ -36,101 +53,204 @@ class MultimodalBatch:
     def __post_init__(self):
         if self.prompt_index is None:
             self.prompt_index = torch.arange(len(self))
-        for name in PER_TOKEN + ("rewards", "prompt_index", "advantages"):
-            given, wanted = getattr(self, name), self.input_ids.shape[:1 + (name in PER_TOKEN)]
-            if given is not None and given.shape != wanted:
-                raise ValueError(f"{name} is {tuple(given.shape)}, but must be {tuple(wanted)}: "
+        self.check_shapes()
+        self.check_tokens()
+        self.image_rows = {key: self.image_rows.get(key) or self.one_image_per_row(key, tensor)
+                           for key, tensor in self.image_tensors().items()}
+        for key, tensor in self.image_tensors().items():
+            counts = self.image_rows[key]
+            if sum(counts) != len(tensor) or len(counts) <= self.prompt_index.max():
+                raise ValueError(f"{key} has {len(tensor)} entries: image_rows[{key!r}] must have "
+                                 f"a number for each prompt, and these must add up to it")
+
+    def check_shapes(self) -> None:
+        B, L = self.input_ids.shape
+        wanted = dict.fromkeys(PER_TOKEN, (B, L)) | dict.fromkeys(PER_ROW, (B,))
+        for name, shape in wanted.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, but must be {shape}: "
                                  "(B, L) of input_ids, or (B,)")
+
+    def check_tokens(self) -> None:
+        """Padding and masks that would train other tokens, or after another context, are refused."""
         if self.loss_mask[:, :1].any():
             raise ValueError("loss_mask: column 0 must be 0, nothing comes before the first token")
-        grids = self.extra_model_kwargs.get("image_grid_thw", torch.empty(0, 3))
-        for key, tensor in self.image_tensors().items():
-            own = [1] * len(self) if len(tensor) == len(self) else grids.prod(1).tolist()
-            if sum(self.image_rows.setdefault(key, own)) != len(tensor):
-                raise ValueError(f"{key} has {len(tensor)} entries: image_rows must add up to it")
+        if (self.attention_mask[:, 1:] > self.attention_mask[:, :-1]).any():
+            raise ValueError("attention_mask: padding must be at the end of each row, not before "
+                             "or between its tokens (a tokenizer needs padding_side='right')")
+        if (self.loss_mask > self.attention_mask).any():
+            raise ValueError("loss_mask: padding, where attention_mask is 0, cannot be trained on")
+        before = self.attention_mask.bool() & (self.loss_mask.cumsum(1) == 0)
+        prompts = torch.where(before, self.input_ids, -1)  # (B, L)
+        first_row = {}
+        for row in self.loss_mask.any(1).nonzero()[:, 0].tolist():
+            prompt = self.prompt_index[row].item()
+            first = first_row.setdefault(prompt, row)
+            if not torch.equal(prompts[row], prompts[first]):
+                raise ValueError(f"prompt_index: rows {first} and {row} are of prompt {prompt}, but "
+                                 "their tokens before the first one in the loss are not the same")
+
+    def one_image_per_row(self, key: str, tensor: Tensor) -> list[int]:
+        """How many entries of an image tensor belong to each row, when each shows one image."""
+        if self.prompt_index.unique().numel() < len(self):
+            raise ValueError(f"image_rows[{key!r}] is missing: with several rows of one prompt it "
+                             f"must say how many of the {len(tensor)} entries each prompt has")
+        grids = self.extra_model_kwargs.get("image_grid_thw", ())  # (images, 3)
+        if len(tensor) != len(self) and len(grids) == len(self):
+            return grids.prod(1).tolist()
+        return [1] * len(self)
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def token_tensors(self) -> dict[str, Tensor]:
+        """The (B, L) tensors among extra_model_kwargs."""
         shape = self.input_ids.shape
         return {k: v for k, v in self.extra_model_kwargs.items() if v.shape == shape}
 
     def image_tensors(self) -> dict[str, Tensor]:
-        every = {"pixel_values": self.pixel_values, **self.extra_model_kwargs}
-        return {k: v for k, v in every.items() if v is not None and k not in self.token_tensors()}
+        """All other model inputs: images along dim 0, by prompts."""
+        tensors = {"pixel_values": self.pixel_values, **self.extra_model_kwargs}
+        token_level = self.token_tensors()
+        return {k: v for k, v in tensors.items() if v is not None and k not in token_level}
 
     def images_of(self, prompts: list[int]) -> dict[str, Tensor]:
         """The image tensors of these prompts, in this order; none where they have no images."""
-        pieces = {k: v.split(self.image_rows[k]) for k, v in self.image_tensors().items()}
-        found = {k: torch.cat([v[p] for p in prompts]) for k, v in pieces.items()}
-        return {k: v for k, v in found.items() if len(v)}
+        images = {}
+        for key, tensor in self.image_tensors().items():
+            pieces = tensor.split(self.image_rows[key])
+            images[key] = torch.cat([pieces[p] for p in prompts])
+        return {key: tensor for key, tensor in images.items() if len(tensor)}
 
     def cut_at(self, token_ids: list[int]) -> "MultimodalBatch":
-        """End completions before these: a model looks for the image of a sampled placeholder."""
-        bad = torch.isin(self.input_ids, torch.tensor(token_ids)) * self.loss_mask
-        return replace(self, **{k: getattr(self, k) * (bad.cumsum(1) == 0) for k in PER_TOKEN})
+        """The batch with each completion ended before the first of these ids that it sampled.
+
+        A model looks for the image that belongs to a sampled image placeholder, and finds none.
+        """
+        sampled = torch.isin(self.input_ids, torch.tensor(token_ids)) & self.loss_mask.bool()
+        before = sampled.cumsum(1) == 0
+        return replace(self, **{name: getattr(self, name) * before for name in PER_TOKEN})
 
     def select(self, rows: list[int]) -> "MultimodalBatch":
         """The given rows, trimmed to their longest, with the images of their prompts alone."""
         prompts, prompt_index = self.prompt_index[rows].unique(return_inverse=True)
-        images, width = self.images_of(prompts.tolist()), self.attention_mask[rows].sum(1).max()
+        images = self.images_of(prompts.tolist())
+        image_rows = {key: [self.image_rows[key][p] for p in prompts.tolist()] for key in images}
+        width = self.attention_mask[rows].sum(1).max()
         tokens = {key: tensor[rows, :width] for key, tensor in self.token_tensors().items()}
+        advantages = None
+        if self.advantages is not None:
+            advantages = self.advantages[rows]
         return MultimodalBatch(
             **{name: getattr(self, name)[rows, :width] for name in PER_TOKEN},
-            rewards=self.rewards[rows], prompt_index=prompt_index,
-            advantages=None if self.advantages is None else self.advantages[rows],
-            image_rows={k: [self.image_rows[k][p] for p in prompts.tolist()] for k in images},
-            pixel_values=images.pop("pixel_values", None), extra_model_kwargs=tokens | images)
+            rewards=self.rewards[rows], advantages=advantages, prompt_index=prompt_index,
+            pixel_values=images.pop("pixel_values", None), extra_model_kwargs=tokens | images,
+            image_rows=image_rows)
+
+    def parts(self, count: int) -> list["MultimodalBatch"]:
+        """The batch dealt out to `count` optimizer steps, each prompt's completions to one of them.
+
+        With fewer prompts than that, fewer parts.
+        """
+        if count == 1:
+            return [self]
+        rows_of = [(self.prompt_index % count == part).nonzero()[:, 0].tolist()
+                   for part in range(count)]
+        return [self.select(rows) for rows in rows_of if rows]
+
+    def turns(self, size: int, ranks: int = 1) -> list[list["MultimodalBatch"]]:
+        """The micro-batches, dealt out: those of one turn are forwarded at once, one by each rank.
+
+        The ranks of a sharded model must make the same calls. So the micro-batches of a turn are
+        alike: all with images or all without, and neighbours in length.
+        """
+        micros = self.micro_batches(size, ranks)
+        turns = []
+        for with_images in (True, False):
+            alike = [micro for micro in micros if bool(micro.image_rows) == with_images]
+            turns += [alike[i:i + ranks] for i in range(0, len(alike), ranks)]
+        return turns
 
     def micro_batches(self, size: int, ranks: int = 1) -> list["MultimodalBatch"]:
-        """At most `size` completions each, prompt by prompt, alike in length; no rank without.
+        """At most `size` completions each, prompt by prompt and alike in length.
 
-        Of rows with gradient (a token in the loss, advantage not 0) or, to have metrics, a few.
+        They hold the rows that have a gradient: a token in the loss and an advantage. If no row
+        has one, a few rows are forwarded all the same, for the metrics. The size shrinks where
+        some of the ranks would get nothing.
         """
-        lengths, prompts = self.attention_mask.sum(1), self.prompt_index
-        longest = ((prompts[:, None] == prompts) * lengths).amax(1)  # of the prompt
-        keys = torch.stack([-longest, prompts, -lengths], 1).tolist()
+        lengths = self.attention_mask.sum(1)                                     # (B,)
+        longest = torch.zeros_like(lengths).scatter_reduce(                      # (B,) by prompt
+            0, self.prompt_index, lengths, "amax")[self.prompt_index]            # (B,) by row
         trained = self.loss_mask.any(1)
-        alive = (trained & (self.advantages != 0)).nonzero()[:, 0].tolist()
-        rows = sorted(alive or trained.nonzero()[:size, 0].tolist(), key=keys.__getitem__)
+        rows = (trained & (self.advantages != 0)).nonzero()[:, 0].tolist()
+        if not rows:
+            rows = trained.nonzero()[:size, 0].tolist()
+        order = torch.stack([-longest, self.prompt_index, -lengths], 1).tolist()
+        rows.sort(key=order.__getitem__)
         size = max(1, min(size, math.ceil(len(rows) / ranks)))
         return [self.select(rows[i:i + size]) for i in range(0, len(rows), size)]
 
     def to(self, device) -> "MultimodalBatch":
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        extra = {k: v.to(device) for k, v in self.extra_model_kwargs.items()}
-        return replace(self, **moved, extra_model_kwargs=extra)
+        """The batch on this device. It was checked where it was made, and is not checked again."""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.to(device))
+        moved.extra_model_kwargs = {k: v.to(device) for k, v in self.extra_model_kwargs.items()}
+        return moved
+
+    def spans(self) -> tuple[list[int], list[int]]:
+        """Where the completion of each row starts (its first sampled token) and where it ends."""
+        before = self.attention_mask * (self.loss_mask.cumsum(1) == 0)
+        return before.sum(1).tolist(), self.attention_mask.sum(1).tolist()
+
+    def first_rows(self) -> list[int]:
+        """For each prompt the first of its rows."""
+        index = self.prompt_index.tolist()
+        return [index.index(prompt) for prompt in range(max(index) + 1)]
 
     def sharing_pays(self, hidden_size: int) -> bool:
-        """Whether forwarding each prompt once is clearly less work, padding included."""
-        prompts, _, trained = self.fork()
-        (P, W_p), (B, W_c), L = prompts["input_ids"].shape, trained.shape, self.input_ids.shape[1]
-        pair = 1 / (6 * hidden_size)  # in a layer: 4 H flops in attention to a token's 24 H^2
-        patches = torch.tensor(self.image_rows.get("pixel_values", [0] * B))  # as much as a token
+        """Whether forwarding each prompt once is clearly less work, padding included.
+
+        The work of a token is 24 H^2 flops in a layer, H the hidden size, and 4 H for each token
+        that it attends to; a patch of an image is counted as a token.
+        """
+        starts, ends = self.spans()
+        first_rows = self.first_rows()
+        P, (B, L) = len(first_rows), self.input_ids.shape
+        W_p = max(starts[row] for row in first_rows)
+        W_c = max(end - start for start, end in zip(starts, ends))
+        pair = 1 / (6 * hidden_size)
+        patches = torch.tensor(self.image_rows.get("pixel_values", [0] * P))
         once = P * W_p * (1 + W_p * pair) + B * W_c * (1 + (W_p + W_c) * pair) + patches.sum()
         alone = B * L * (1 + L * pair) + patches[self.prompt_index].sum()
         return bool(once < 0.9 * alone)
 
-    def fork(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """Model inputs (P, W_p) of the prompts and (b, W_c) of the completions; what is trained.
+    def fork(self) -> Fork:
+        """The prompts and the completions as the two forward passes of a shared prompt need them.
 
         >>> ids = torch.tensor([[7, 8, 1, 2, 3], [7, 8, 4, 0, 0], [9, 5, 6, 0, 0]])
         >>> loss_mask = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 0, 0], [0, 1, 1, 0, 0]])
         >>> batch = MultimodalBatch(ids, ids.sign(), loss_mask, torch.zeros(3, 5), torch.zeros(3),
         ...                         prompt_index=torch.tensor([0, 0, 1]))
-        >>> prompts, completions, trained = batch.fork()
-        >>> prompts["input_ids"].tolist(), completions["input_ids"].tolist()
+        >>> fork = batch.fork()
+        >>> fork.prompts["input_ids"].tolist(), fork.completions["input_ids"].tolist()
         ([[7, 8], [0, 9]], [[1, 2, 3], [4, 0, 0], [5, 6, 0]])
         """
-        tokens = {"input_ids": self.input_ids, "attention_mask": self.attention_mask,
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask,
                   **self.token_tensors()}
-        index, ends = self.prompt_index.tolist(), self.attention_mask.sum(1).tolist()
-        starts = (self.attention_mask * (self.loss_mask.cumsum(1) == 0)).sum(1).tolist()
-        first = [index.index(prompt) for prompt in range(max(index) + 1)]  # row of each prompt
-        prompts = {key: pad_sequence([tensor[row, :starts[row]] for row in first], True, 0, "left")
-                   for key, tensor in tokens.items()}
-        tokens["loss_mask"], spans = self.loss_mask, [*map(slice, starts, ends)]
-        completions = {key: pad_sequence([row[span] for row, span in zip(tensor, spans)], True)
-                       for key, tensor in tokens.items()}
-        return prompts, completions, completions.pop("loss_mask").bool()
+        starts, ends = self.spans()
+        first_rows = self.first_rows()
+
+        def completions(tensor: Tensor) -> Tensor:  # (B, W_c)
+            pieces = [row[start:end] for row, start, end in zip(tensor, starts, ends)]
+            return pad_sequence(pieces, batch_first=True)
+
+        def prompts(tensor: Tensor) -> Tensor:      # (P, W_p)
+            pieces = [tensor[row, :starts[row]] for row in first_rows]
+            return pad_sequence(pieces, batch_first=True, padding_side="left")
+
+        return Fork(prompts={key: prompts(tensor) for key, tensor in inputs.items()},
+                    completions={key: completions(tensor) for key, tensor in inputs.items()},
+                    trained=completions(self.loss_mask).bool())

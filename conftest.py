@@ -13,8 +13,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from adapter import MultimodalAdapter
 from rollout import GenerateOutputs, Rollout
+from support.config import MultimodalRLConfig, load_config
 from sync import Server
-from train import MultimodalGRPOTrainer, MultimodalRLConfig, load_config
+from train import MultimodalGRPOTrainer
 
 ROOT = Path(__file__).parent
 TINY = str(ROOT / "models" / "tiny-qwen2-vl")
@@ -49,7 +50,7 @@ def canned(trainer, groups, seed=0) -> GenerateOutputs:
     outputs = GenerateOutputs.from_rollouts(rollouts)
     batch = trainer.build_batch(outputs)
     with torch.no_grad():
-        logprobs, _ = trainer.logprobs(batch, share=False)
+        logprobs, _ = trainer.policy(batch, share=False)
     outputs.completion_logprobs = [
         [p + rng.uniform(-0.1, 0.1) for p in row[mask.bool()].tolist()]
         for row, mask in zip(logprobs, batch.loss_mask)]

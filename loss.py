@@ -1,11 +1,14 @@
-"""The mathematics of masked GRPO (DeepSeekMath, arXiv 2402.03300): pure functions of tensors.
+"""The mathematics of masked GRPO (DeepSeekMath, arXiv 2402.03300), as pure functions of tensors.
 
-Departures, and why. Advantages are not divided by the group's standard deviation unless asked for:
-that weighs prompts by how alike their rewards are (Dr. GRPO, arXiv 2503.20783). The loss is a mean
-over the step's tokens: one per completion would favour long wrong answers (DAPO, arXiv 2503.14476,
-as the two clip bounds). The ratio is taken against the logprobs recorded in sampling; tokens whose
-ratio leaves the mask bounds are left out, for there the two policies differ by more than a
-correction can mend. There is no reference model and no KL penalty.
+Where it departs from the paper, and why:
+- Advantages are not divided by the standard deviation of their group unless asked for, because
+  that weighs prompts by how alike their rewards are (Dr. GRPO, arXiv 2503.20783).
+- The loss is a mean over all tokens of the step. A mean per completion would favour long wrong
+  answers (DAPO, arXiv 2503.14476, from which the two separate clip bounds come, too).
+- The importance ratio is taken against the logprobs that the server recorded while it sampled.
+  Tokens whose ratio leaves the mask bounds are left out of the loss: there the two policies differ
+  by more than a ratio can correct.
+- There is no reference model and no KL penalty.
 """
 import torch
 from torch import Tensor
@@ -13,13 +16,23 @@ from torch.utils.checkpoint import checkpoint
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, divide_by_std: bool = False) -> Tensor:
-    """A_i = r_i - mean(r), optionally over std(r), of the group: all with its groups[i]; (B,)."""
+    """How much better each completion did than the other completions of its prompt.
+
+        A_i = r_i - mean(r)    or    (r_i - mean(r)) / std(r)    over the group of i
+
+    rewards and groups are (B,); the completions with the same number in groups form a group.
+    Returns (B,) advantages. They are exactly 0 where all rewards of a group are equal.
+    """
     advantages = torch.zeros_like(rewards)
     for group in groups.unique():
-        r = rewards[mine := groups == group]
-        if (r != r[0]).any():  # else exactly 0, in spite of rounding
-            spread = r.std(correction=0) + 1e-4 if divide_by_std else 1
-            advantages[mine] = (r - r.mean()) / spread
+        members = groups == group
+        r = rewards[members]
+        if (r == r[0]).all():
+            continue  # r - r.mean() would leave a rounding error, and the group would be forwarded
+        spread = 1.0
+        if divide_by_std:
+            spread = r.std(correction=0) + 1e-4
+        advantages[members] = (r - r.mean()) / spread
     return advantages
 
 
@@ -27,46 +40,65 @@ def token_logprobs(hidden: Tensor, targets: Tensor, head, temperature: float,
                    banned: list[int] = (), max_logits: int = 2**24) -> tuple[Tensor, Tensor]:
     """log p(target) and the entropy of p = softmax(head(hidden) / temperature), fp32, both (N,).
 
-    hidden: (N, H) states that predict the targets (N,); head: (n, H) -> (n, V). banned ids get
-    -100 on their logit, as in the sampling request. At most max_logits logits exist at a time: the
-    head runs by chunks, and again in the backward pass. The entropy is a metric, without gradient.
+    hidden is (N, H): the states that predict the targets (N,). head maps (n, H) to (n, V). The
+    banned token ids get -100 on their logit, as they do in the sampling request. Of the (N, V)
+    logits at most max_logits exist at a time: the head runs chunk by chunk, and once more in the
+    backward pass.
     """
-    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden).float()  # (n, V)
-        logits[:, list(banned)] -= 100
-        logits = logits / temperature
-        log_z = logits.logsumexp(-1)
-        with torch.no_grad():  # H = log Z - sum_v p_v logit_v
-            entropies = log_z - (logits - log_z[:, None]).exp_().mul_(logits).sum(-1)
-        return logits.gather(1, targets[:, None])[:, 0] - log_z, entropies
+    vocabulary = getattr(head, "out_features", 2**18)
+    rows = max(1, max_logits // vocabulary)
+    logprobs, entropies = [], []
+    for states, ids in zip(hidden.split(rows), targets.split(rows), strict=True):
+        chunk = checkpoint(chunk_logprobs, states, ids, head, temperature, list(banned),
+                           use_reentrant=False)
+        logprobs.append(chunk[0])
+        entropies.append(chunk[1])
+    return torch.cat(logprobs), torch.cat(entropies)
 
-    rows = max(1, max_logits // getattr(head, "out_features", 2**18))
-    parts = [checkpoint(chunk, *inputs, use_reentrant=False)
-             for inputs in zip(hidden.split(rows), targets.split(rows), strict=True)]
-    return tuple(map(torch.cat, zip(*parts)))
+
+def chunk_logprobs(hidden: Tensor, targets: Tensor, head, temperature: float,
+                   banned: list[int]) -> tuple[Tensor, Tensor]:
+    """token_logprobs of n positions, with all of their (n, V) logits at once."""
+    logits = head(hidden).float()                        # (n, V)
+    logits[:, banned] -= 100
+    logits = logits / temperature
+    log_z = logits.logsumexp(-1)                         # (n,)
+    with torch.no_grad():  # the entropy is a metric: H = log Z - sum_v p_v logit_v
+        p = (logits - log_z[:, None]).exp_()             # (n, V)
+        entropies = log_z - p.mul_(logits).sum(-1)       # (n,)
+    chosen = logits.gather(1, targets[:, None])[:, 0]    # (n,)
+    return chosen - log_z, entropies
 
 
 def grpo_loss(logprobs: Tensor, entropies: Tensor, behavior_logprobs: Tensor, advantages: Tensor,
-              loss_mask: Tensor, num_tokens: float, *, mask_ratio_low: float = 0.1,
-              mask_ratio_high: float = 10.0, clip_low: float = 0.2,
-              clip_high: float = 0.2) -> tuple[Tensor, dict[str, Tensor]]:
-    """The share of these rows in the step's loss, and the sums behind its metrics.
+              loss_mask: Tensor, num_tokens: float, *, mask_ratio_low: float,
+              mask_ratio_high: float, clip_low: float,
+              clip_high: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The share of these rows in the loss of the step, and sums over their tokens for the metrics.
 
         r_t    = exp(logprob_t - behavior_logprob_t)
         keep_t = loss_mask_t and mask_ratio_low <= r_t <= mask_ratio_high
         loss   = -1/N sum_t keep_t min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A)
 
-    All (b, L) but advantages (b,). N is num_tokens, the loss-mask tokens of the whole step, so
-    that its micro-batches add up. kl sums r - 1 - log r, Schulman's k3 for KL(behavior || policy).
+    All tensors are (b, L), but advantages is (b,). N is num_tokens, the number of loss-mask tokens
+    in the whole step, so that the losses of its micro-batches add up. The keyword arguments are
+    keys of the config by the same names: a new one needs a field there, and nothing else.
+
+    Each entry of the second result becomes a metric, divided by its entry "tokens". kl sums
+    r - 1 - log r, Schulman's k3 estimator of KL(behavior || policy).
     """
     mask = loss_mask.bool()
-    log_ratio = torch.where(mask, logprobs - behavior_logprobs, 0.0).clamp(-20, 20)
-    ratio = log_ratio.exp()  # was clamped outside of any mask, where fp32 overflows
+    log_ratio = torch.where(mask, logprobs - behavior_logprobs, 0.0)
+    log_ratio = log_ratio.clamp(-20, 20)  # beyond that fp32 loses exp(); no mask bound is so wide
+    ratio = log_ratio.exp()
     keep = mask & (ratio >= mask_ratio_low) & (ratio <= mask_ratio_high)
+
     plain = ratio * advantages[:, None]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages[:, None]
-    loss = -torch.where(keep, torch.minimum(plain, clipped), 0.0).sum() / max(num_tokens, 1)
-    sums = {"tokens": mask, "ir": ratio * mask, "ent": entropies * mask,
-            "kl": log_ratio.expm1() - log_ratio, "masked_fraction": mask & ~keep,
-            "clip_fraction": keep & (clipped < plain)}
-    return loss, {name: values.detach().sum() for name, values in sums.items()}
+    objective = torch.where(keep, torch.minimum(plain, clipped), 0.0)
+    loss = -objective.sum() / max(num_tokens, 1)
+
+    per_token = {"tokens": mask, "ir": ratio * mask, "ent": entropies * mask,
+                 "kl": log_ratio.expm1() - log_ratio, "masked_fraction": mask & ~keep,
+                 "clip_fraction": keep & (clipped < plain)}
+    return loss, {name: values.detach().sum() for name, values in per_token.items()}

@@ -1,32 +1,26 @@
-"""Prompts out, completions back: environments, and the HTTP calls to the behavior policy.
+"""Prompts out, completions back: environments, and the calls to the vLLM server that samples.
 
-A Generator sends one chat-completions request per prompt, with n=G, to vLLM and scores what comes
-back; token ids and logprobs stay just as they were sampled.
+An Environment holds prompts and reward functions. A Generator sends each prompt to the server in
+one chat-completions request with n=G, and scores what comes back. Token ids and logprobs stay just
+as they were sampled: nothing is tokenised again.
 """
 import atexit
-import base64
+import functools
 import importlib.util
-import io
 import math
 import random
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from multiprocessing.pool import ThreadPool
+from dataclasses import dataclass, field, fields
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
-from types import SimpleNamespace
 
 import requests
-from PIL import Image, ImageOps
+from PIL import Image
 
-IMAGE_SECONDS, IMAGE_BYTES = 20, 2**26  # at most, of an image behind a URL
-SESSIONS = threading.local()  # one requests.Session per thread
-
-
-class ServerError(RuntimeError):
-    """The server is gone, hangs or broke off: bring it back, send it the weights, try again."""
+from support.http import ServerError, call
+from support.images import load_image, png_data_uri
 
 
 @dataclass(frozen=True)
@@ -35,8 +29,9 @@ class Environment:
 
     A row is {"prompt": chat messages, "answer": str, "info": dict (optional)}; other keys reach
     adapters through `state`. Images are message parts {"type": "image", "image": SOURCE} or
-    {"type": "image_url", "image_url": {"url": SOURCE}}, SOURCE as in load_image. A completion's
-    reward is the weighted sum of the f(completion, answer, **info), called from any thread.
+    {"type": "image_url", "image_url": {"url": SOURCE}}, SOURCE as in support.images.load_image. A
+    completion's reward is the weighted sum of the f(completion, answer, **info), which are called
+    from any thread.
     """
     train: Sequence[dict]
     eval: Sequence[dict]
@@ -44,8 +39,9 @@ class Environment:
     weights: Sequence[float] | None = None  # 1 each
 
     def __post_init__(self):
-        names = {getattr(f, "__name__", None) for f in self.rewards} - {None}  # scores' names, too
-        if not len(names) == len(self.rewards) == len(self.weights or self.rewards):
+        names = {getattr(reward, "__name__", None) for reward in self.rewards} - {None}
+        weights = self.weights or [1.0] * len(self.rewards)
+        if len(names) != len(self.rewards) or len(weights) != len(self.rewards):
             raise ValueError(f"each reward needs a __name__ of its own, and a weight: {names}")
 
 
@@ -69,23 +65,55 @@ class Rollout:
     finished: float = 0.0             # time.perf_counter()
 
 
-class GenerateOutputs(SimpleNamespace):
-    """By attribute or key, a list for each field of Rollout; metrics alone is a dict of lists."""
-    dropped: Sequence[str] = ()  # why some completions are missing
+@dataclass
+class Failure:
+    """A completion that there is none of, and why."""
+    example_id: int
+    error: Exception
+
+    def __str__(self) -> str:
+        return f"example {self.example_id}: {type(self.error).__name__}: {self.error}"
+
+
+@dataclass
+class GenerateOutputs:
+    """The rollouts of a step: a list for each field of Rollout, by attribute or by key."""
+    prompt: list[list[dict]] = field(default_factory=list)
+    completion: list[str] = field(default_factory=list)
+    answer: list[str] = field(default_factory=list)
+    state: list[dict] = field(default_factory=list)
+    info: list[dict] = field(default_factory=list)
+    example_id: list[int] = field(default_factory=list)
+    reward: list[float] = field(default_factory=list)
+    metrics: dict[str, list[float]] = field(default_factory=dict)  # by reward function
+    prompt_ids: list[list[int]] = field(default_factory=list)
+    completion_ids: list[list[int]] = field(default_factory=list)
+    completion_logprobs: list[list[float]] = field(default_factory=list)
+    finish_reason: list[str] = field(default_factory=list)
+    images: list[list[Image.Image]] = field(default_factory=list)
+    encoded: list = field(default_factory=list)
+    finished: list[float] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)  # why some completions are missing
+    weight_version: int = 0                           # the step whose weights sampled these
 
     @classmethod
-    def from_rollouts(cls, rollouts: list[Rollout], dropped=()) -> "GenerateOutputs":  # 1 or more
-        columns = {f.name: [getattr(r, f.name) for r in rollouts] for f in fields(Rollout)}
-        columns["metrics"] = {n: [m[n] for m in columns["metrics"]] for n in rollouts[0].metrics}
-        return cls(**columns, dropped=dropped)
+    def from_rollouts(cls, rollouts: list[Rollout], dropped: Sequence[str] = ()):
+        """At least one rollout; all of them scored by the same reward functions."""
+        columns = {f.name: [getattr(rollout, f.name) for rollout in rollouts]
+                   for f in fields(Rollout)}
+        columns["metrics"] = {name: [rollout.metrics[name] for rollout in rollouts]
+                              for name in rollouts[0].metrics}
+        return cls(**columns, dropped=list(dropped))
 
     def means(self, prefix: str = "") -> dict[str, float]:
         """Of the reward, and of each reward function, whose names get the prefix."""
-        values = {"reward": self.reward} | {prefix + k: v for k, v in self.metrics.items()}
-        return {name: sum(column) / len(column) for name, column in values.items()}
+        columns = {"reward": self.reward}
+        for name, values in self.metrics.items():
+            columns[prefix + name] = values
+        return {name: sum(values) / len(values) for name, values in columns.items()}
 
     def __getitem__(self, name: str):
-        return vars(self)[name]
+        return getattr(self, name)
 
     def __len__(self) -> int:
         return len(self.completion_ids)
@@ -93,14 +121,8 @@ class GenerateOutputs(SimpleNamespace):
 
 def load_environment(env_id: str, args: dict) -> Environment:
     """Call my_env.load_environment(**args), or envs.my_env's; ValueError says what is wrong."""
-    name, loaders = Path(env_id).stem.replace("-", "_"), []
     try:
-        for module in filter(importlib.util.find_spec, (name, f"envs.{name}")):
-            loaders.append(getattr(importlib.import_module(module), "load_environment", None))
-        if not any(loaders):
-            raise ValueError(f"no load_environment() in a module {name!r} on sys.path "
-                             f"({sys.path[0] or '.'}, ...) or in envs/{name}.py")
-        environment = next(filter(None, loaders))(**args)
+        environment = find_loader(env_id)(**args)
         if not isinstance(environment, Environment) or not len(environment.train):
             raise ValueError("load_environment() must return an Environment with rows in train, "
                              f"not {environment!r:.99}")
@@ -109,76 +131,68 @@ def load_environment(env_id: str, args: dict) -> Environment:
         raise ValueError(f"environment {env_id!r}: {error}") from error
 
 
-def load_image(source) -> Image.Image:
-    """RGB pixels of a PIL image, path, URL, data URI, bytes or a dict of one; or ValueError."""
-    try:
-        if isinstance(source, dict):  # OpenAI's, or from Hugging Face datasets, undecoded
-            source = source.get("url") or source.get("bytes") or source.get("path")
-        if isinstance(source, str) and source.startswith("data:"):
-            source = base64.b64decode(source.split(",", 1)[1])
-        elif isinstance(source, str) and "://" in source:
-            source = download(source)
-        source = io.BytesIO(source) if isinstance(source, bytes) else source
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        # refused: animations (which frame is meant? MPO is of phones), no known range, bombs
-        animated = getattr(image, "is_animated", False) and image.format != "MPO"
-        if animated or image.mode in "IF" or image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.size} pixels, mode {image.mode}, animated: {animated}")
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # Pillow would clip it to white
-            image = image.convert("I").point(lambda value: value / 257).convert("L")
-        white = Image.new("RGBA", image.size, "white")  # as vLLM does with transparency
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise nearly anything
-        raise ValueError(f"cannot read image {str(source)[:80]!r}: {error}") from error
-
-
-def download(url: str) -> bytes:
-    """The body of a URL, http or https alone; ValueError if it is too large or too slow."""
-    deadline, body = time.monotonic() + IMAGE_SECONDS, b""
-    with requests.get(url, timeout=IMAGE_SECONDS, stream=True) as response:
-        response.raise_for_status()
-        while piece := response.raw.read1(2**16, decode_content=True):
-            body += piece
-            if len(body) > IMAGE_BYTES or time.monotonic() > deadline:
-                raise ValueError(f"more than {IMAGE_BYTES} bytes or {IMAGE_SECONDS} seconds")
-    return body
-
-
-def png_data_uri(image: Image.Image) -> str:
-    image.save(buffer := io.BytesIO(), "PNG", compress_level=1)  # lossless: both see the same
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def find_loader(env_id: str) -> Callable[..., Environment]:
+    """The load_environment of the module that an environment's id names."""
+    name = Path(env_id).stem.replace("-", "_")
+    for module_name in (name, f"envs.{name}"):
+        if importlib.util.find_spec(module_name):
+            module = importlib.import_module(module_name)
+            if hasattr(module, "load_environment"):
+                return module.load_environment
+    raise ValueError(f"no load_environment() in a module {name!r} on sys.path "
+                     f"({sys.path[0] or '.'}, ...) or in envs/{name}.py")
 
 
 def render_prompt(prompt: list[dict]) -> tuple[list[dict], list[Image.Image]]:
     """Chat messages -> (the same in OpenAI form with PNG data URIs, the images in order)."""
-    messages, images = [{**m, "content": m["content"][:]} for m in prompt], []
-    for parts in (m["content"] for m in messages if not isinstance(m["content"], str)):
-        for i, part in enumerate(parts):
-            if part["type"] in ("image", "image_url"):
-                images.append(load_image(part[part["type"]]))
-                parts[i] = {"type": "image_url", "image_url": {"url": png_data_uri(images[-1])}}
+    messages, images = [], []
+    for message in prompt:
+        content = message["content"]
+        if not isinstance(content, str):
+            parts = []
+            for part in content:
+                if part["type"] in ("image", "image_url"):
+                    images.append(load_image(part[part["type"]]))
+                    url = png_data_uri(images[-1])
+                    part = {"type": "image_url", "image_url": {"url": url}}
+                parts.append(part)
+            content = parts
+        messages.append({**message, "content": content})
     return messages, images
 
 
-def call(url: str, body: dict | None = None, method: str = "post", *, timeout: float,
-         pauses: Sequence[float] = (0.5, 1, 2, 4)) -> dict:
-    """What the server answers. ServerError without a connection, RuntimeError with a bad answer.
+def first_image_url(messages: list[dict]) -> str | None:
+    """Of messages in OpenAI form."""
+    for message in messages:
+        if not isinstance(message["content"], str):
+            for part in message["content"]:
+                if part["type"] == "image_url":
+                    return part["image_url"]["url"]
+    return None
 
-    After each pause it is tried again: the server is busy, or has closed an idle connection.
-    """
-    SESSIONS.own = session = getattr(SESSIONS, "own", None) or requests.Session()
-    for pause in (*pauses, None):
-        try:
-            response = session.request(method, url, json=body, timeout=timeout)
-            if response.ok:
-                return response.json() if response.content else {}
-            if pause is None or response.status_code < 500:
-                raise RuntimeError(f"{url}: {response.status_code} {response.text[:500]}")
-        except requests.ConnectionError as error:
-            if pause is None or isinstance(error, requests.Timeout):
-                raise ServerError(f"no connection to {url}: {error}") from error
-        time.sleep(pause)
+
+@dataclass(frozen=True)
+class Job:
+    """n completions of one row, the first of them sampled with this seed, the next with seed + 1."""
+    rows: Sequence[dict]
+    index: int
+    n: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Jobs that are under way."""
+    jobs: list[Job]
+    results: list[AsyncResult]  # of each: a list of Rollouts and Failures
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(length: int, seed: str) -> list[int]:
+    """The order of an epoch."""
+    order = list(range(length))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 class Generator:
@@ -194,94 +208,102 @@ class Generator:
         self.url = config.url
         self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
         atexit.register(self.pool.terminate)
+        model = self.call("v1/models", method="get")["data"][0]["id"]
         # The sampling distribution must be the softmax that the trainer differentiates. By itself
         # the server applies the model's generation_config.json (top_k=1 in Qwen2-VL's).
-        self.request = {"model": self.call("v1/models", method="get")["data"][0]["id"],
-                        "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
-                        "temperature": config.temperature, "max_tokens": config.max_tokens,
-                        "logit_bias": {str(i): -100 for i in banned}, "return_token_ids": True,
-                        "logprobs": True}
+        self.sampling = {"model": model, "temperature": config.temperature, "top_p": 1.0,
+                         "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
+                         "max_tokens": config.max_tokens, "return_token_ids": True,
+                         "logprobs": True, "logit_bias": {str(i): -100 for i in banned}}
 
     def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
         return call(f"{self.url}/{route}", body, method, timeout=self.config.generation_timeout)
 
-    def begin(self, step: int, num_prompts: int, group_size: int) -> Callable[[], GenerateOutputs]:
-        """The step's prompts, group_size times each, from shuffled epochs; see submit."""
-        rows, jobs = self.environment.train, []
+    def begin(self, step: int, num_prompts: int, group_size: int) -> Pending:
+        """Start sampling the prompts of a step, group_size times each, from shuffled epochs."""
+        rows, seed = self.environment.train, self.config.seed
+        jobs = []
         for position in range(step * num_prompts, (step + 1) * num_prompts):
-            epoch, offset = divmod(position, len(rows))
-            if not jobs or offset == 0:
-                order = list(range(len(rows)))
-                random.Random(f"{self.config.seed}-{epoch}").shuffle(order)
-            jobs.append((rows, order[offset], group_size, position * group_size))
+            epoch, place = divmod(position, len(rows))
+            index = shuffled(len(rows), f"{seed}-{epoch}")[place]
+            jobs.append(Job(rows, index, group_size, seed=position * group_size))
         return self.submit(jobs)
 
     def evaluate(self, n: int = 1) -> GenerateOutputs:
         """Every held-out row n times, at the training temperature, with seeds of its own."""
         rows = self.environment.eval
-        return self.submit([(rows, i, n, 2**39 + i * n) for i in range(len(rows))])()
+        jobs = [Job(rows, i, n, seed=2**39 + i * n) for i in range(len(rows))]
+        return self.collect(self.submit(jobs))
 
-    def submit(self, jobs: list[tuple]) -> Callable[[], GenerateOutputs]:
-        """Start jobs of (rows, index, n, first seed); what is returned waits for them."""
-        groups = [self.pool.apply_async(self.group, job) for job in jobs]
-        return lambda: self.collect(jobs, groups)
+    def submit(self, jobs: list[Job]) -> Pending:
+        return Pending(jobs, [self.pool.apply_async(self.group, (job,)) for job in jobs])
 
-    def collect(self, jobs: list[tuple], groups: list) -> GenerateOutputs:
-        """What did not fail; `dropped` says why the rest did.
+    def collect(self, pending: Pending) -> GenerateOutputs:
+        """Wait for what did not fail; its `dropped` says why the rest did.
 
         ServerError if the server is lost or hangs, RuntimeError if more than max_dropped failed.
         """
-        rollouts, dropped, waves = [], [], 2 + len(jobs) // self.config.max_concurrent
-        deadline = time.monotonic() + waves * self.config.generation_timeout  # for rewards, too
-        for (_, index, n, _), group in zip(jobs, groups, strict=True):
+        waves = 2 + len(pending.jobs) // self.config.max_concurrent  # one more for rewards
+        deadline = time.monotonic() + waves * self.config.generation_timeout
+        rollouts, failures = [], []
+        for job, result in zip(pending.jobs, pending.results, strict=True):
             try:
-                found = group.get(max(0, deadline - time.monotonic()))
+                group = result.get(max(0, deadline - time.monotonic()))
             except ServerError:
                 raise
             except Exception as error:  # rows and images of an environment fail in any way
-                found = [error] * n
-            rollouts += [result for result in found if isinstance(result, Rollout)]
-            dropped += [(index, why) for why in found if isinstance(why, Exception)]
-        if any(isinstance(why, requests.Timeout) for _, why in dropped):
-            try:  # to sample a token: the health route would not notice an engine that hangs
-                self.call("v1/completions", {"prompt": "a", "max_tokens": 1})
-            except requests.Timeout as error:
-                raise ServerError(f"{self.url} hangs: {error}") from error
-        reasons = [f"example {i}: {type(why).__name__}: {why}" for i, why in dropped]
-        if not rollouts or len(dropped) > self.config.max_dropped * (len(dropped) + len(rollouts)):
+                group = [Failure(job.index, error)] * job.n
+            rollouts += [entry for entry in group if isinstance(entry, Rollout)]
+            failures += [entry for entry in group if isinstance(entry, Failure)]
+        if any(isinstance(failure.error, requests.Timeout) for failure in failures):
+            self.check_engine()
+        share = len(failures) / (len(failures) + len(rollouts))
+        if not rollouts or share > self.config.max_dropped:
+            last = failures[-1]
             raise RuntimeError(
-                f"{self.url}: {len(dropped)} completions failed and {len(rollouts)} did not (see "
-                f"max_dropped); the last: {reasons[-1]}") from dropped[-1][1]
-        return GenerateOutputs.from_rollouts(rollouts, reasons)
+                f"{self.url}: {len(failures)} completions failed and {len(rollouts)} did not (see "
+                f"max_dropped); the last: {last}") from last.error
+        return GenerateOutputs.from_rollouts(rollouts, [str(failure) for failure in failures])
 
-    def group(self, rows: Sequence[dict], index: int, n: int, seed: int) -> list:
-        """One prompt's completions: for each a Rollout, or the exception why there is none."""
-        row = rows[index]
+    def check_engine(self) -> None:
+        """ServerError if no token can be sampled: the health route does not notice a hung engine."""
+        try:
+            self.call("v1/completions", {"prompt": "a", "max_tokens": 1})
+        except requests.Timeout as error:
+            raise ServerError(f"{self.url} hangs: {error}") from error
+
+    def group(self, job: Job) -> list[Rollout | Failure]:
+        """All completions of one prompt."""
+        row = job.rows[job.index]
         messages, images = render_prompt(row["prompt"])
-        # vLLM gives sample i of a request the seed + i: neighbours are n apart, none overlap
+        # Sample i of a request gets its seed + i: neighbouring requests are n apart, none overlap.
         reply = self.call("v1/chat/completions", {
-            **self.request, "messages": messages, "n": n, "seed": (self.config.seed << 40) + seed})
-        url = next((part["image_url"]["url"] for m in messages for part in m["content"]
-                    if isinstance(part, dict) and part["type"] == "image_url"), None)
-        shared = {"prompt": row["prompt"], "answer": row.get("answer", ""), "example_id": index,
-                  "info": row.get("info") or {}, "state": {"image_url": url, **row},
-                  "images": images, "prompt_ids": reply["prompt_token_ids"],
-                  "encoded": self.encode(row["prompt"], images) if self.encode else None}
+            **self.sampling, "messages": messages, "n": job.n,
+            "seed": (self.config.seed << 40) + job.seed})
+        encoded = None
+        if self.encode:
+            encoded = self.encode(row["prompt"], images)
+        shared = {"prompt": row["prompt"], "answer": row.get("answer", ""),
+                  "example_id": job.index, "info": row.get("info") or {},
+                  "state": {"image_url": first_image_url(messages), **row}, "images": images,
+                  "prompt_ids": reply["prompt_token_ids"], "encoded": encoded}
         return [self.score(choice, shared) for choice in reply["choices"]]
 
-    def score(self, choice: dict, shared: dict) -> Rollout | Exception:
+    def score(self, choice: dict, shared: dict) -> Rollout | Failure:
         """One completion with its reward, or what a reward function raised."""
-        text, rewards = choice["message"]["content"] or "", self.environment.rewards
+        text = choice["message"]["content"] or ""
+        scores = {}
         try:
-            scores = {f.__name__: f(text, shared["answer"], **shared["info"]) for f in rewards}
-            if not all(map(math.isfinite, scores.values())):
+            for reward in self.environment.rewards:
+                scores[reward.__name__] = reward(text, shared["answer"], **shared["info"])
+            if not all(math.isfinite(score) for score in scores.values()):
                 raise ValueError(f"rewards must be finite numbers, not {scores}")
-        except Exception as error:  # they, too, can fail in any way
-            return error
+        except Exception as error:  # reward functions, too, can fail in any way
+            return Failure(shared["example_id"], error)
         weights = self.environment.weights or [1.0] * len(scores)
+        total = sum(w * x for w, x in zip(weights, scores.values(), strict=True))
         return Rollout(
-            completion=text, completion_ids=choice["token_ids"], finished=time.perf_counter(),
-            completion_logprobs=[t["logprob"] for t in choice["logprobs"]["content"]],
-            finish_reason=choice["finish_reason"],
-            reward=float(sum(w * x for w, x in zip(weights, scores.values(), strict=True))),
-            metrics={name: float(x) for name, x in scores.items()}, **shared)
+            completion=text, completion_ids=choice["token_ids"],
+            completion_logprobs=[token["logprob"] for token in choice["logprobs"]["content"]],
+            finish_reason=choice["finish_reason"], finished=time.perf_counter(),
+            reward=float(total), metrics={name: float(x) for name, x in scores.items()}, **shared)

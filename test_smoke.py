@@ -8,13 +8,16 @@ import torch
 from PIL import Image
 
 import batch
-import sync
 from adapter import MultimodalAdapter
 from batch import MultimodalBatch
-from conftest import ROOT, TINY, canned, gradients, make_trainer, noise, relative_difference
+from conftest import canned, gradients, make_trainer, noise, relative_difference
 from loss import group_advantages, grpo_loss, token_logprobs
-from rollout import GenerateOutputs, load_image, png_data_uri, render_prompt
-from train import MultimodalGRPOTrainer, MultimodalRLConfig, load_config, served
+from rollout import GenerateOutputs, render_prompt
+from support import check
+from support.config import MultimodalRLConfig, load_config
+from support.images import load_image, png_data_uri
+from support.vllm_process import server_command
+from train import MultimodalGRPOTrainer, served
 
 USERS_CONFIG = """
 model = "Qwen/Qwen2-VL-7B-Instruct"
@@ -49,6 +52,9 @@ log_every_steps = 10
 
 # ---- loss.py
 
+OPTIONS = {"mask_ratio_low": 0.1, "mask_ratio_high": 10.0, "clip_low": 0.2, "clip_high": 0.2}
+
+
 @pytest.mark.parametrize("advantage, ratio, objective, masked, clipped", [
     (2.0, 1.0, 2.0, 0, 0),
     (2.0, 1.15, 2.3, 0, 0),      # inside the clip range: r A
@@ -62,7 +68,8 @@ log_every_steps = 10
 def test_loss_is_the_hand_computed_value(advantage, ratio, objective, masked, clipped):
     logprobs = torch.tensor([[0.0, -1.0 + math.log(ratio), -9.0]])
     loss, sums = grpo_loss(logprobs, torch.ones(1, 3), torch.tensor([[0.0, -1.0, 0.0]]),
-                           torch.tensor([advantage]), torch.tensor([[0, 1, 0]]), num_tokens=4)
+                           torch.tensor([advantage]), torch.tensor([[0, 1, 0]]), num_tokens=4,
+                           **OPTIONS)
     assert loss.item() == pytest.approx(-objective / 4, rel=1e-5)
     assert (sums["masked_fraction"].item(), sums["clip_fraction"].item()) == (masked, clipped)
     assert sums["ir"].item() == pytest.approx(ratio, rel=1e-5)
@@ -74,7 +81,7 @@ def test_on_policy_gradient_is_the_advantage_over_n():
     logprobs = torch.tensor([[0.0, -1.0, -2.0], [0.0, -3.0, 0.0]], requires_grad=True)
     mask = torch.tensor([[0, 1, 1], [0, 1, 0]])
     loss, sums = grpo_loss(logprobs, torch.zeros(2, 3), logprobs.detach(), torch.tensor([1., -2.]),
-                           mask, num_tokens=3)
+                           mask, num_tokens=3, **OPTIONS)
     loss.backward()
     assert sums["ir"] == 3 and sums["kl"] == 0
     assert torch.allclose(logprobs.grad, torch.tensor([[0, -1, -1], [0, 2, 0]]) / 3)
@@ -84,7 +91,7 @@ def test_on_policy_gradient_is_the_advantage_over_n():
 def test_nothing_to_learn_from_is_zero_not_nan(mask, behavior):
     logprobs = torch.full((1, 2), -1.0, requires_grad=True)
     loss, sums = grpo_loss(logprobs, torch.zeros(1, 2), torch.full((1, 2), behavior),
-                           torch.tensor([1.0]), torch.tensor([[0, mask]]), num_tokens=mask)
+                           torch.tensor([1.0]), torch.tensor([[0, mask]]), num_tokens=mask, **OPTIONS)
     loss.backward()
     assert loss.item() == 0 and (logprobs.grad == 0).all()
     assert all(math.isfinite(value.item()) for value in sums.values())
@@ -175,7 +182,7 @@ def test_sharing_the_prompt_changes_nothing(name, micro_batch_size):
         outputs = canned(trainer, GROUPS[name])
         batch = trainer.build_batch(outputs)
         with torch.no_grad():
-            logprobs, entropies = trainer.logprobs(batch, share)
+            logprobs, entropies = trainer.policy(batch, share)
         found.append((logprobs, entropies, gradients(trainer, outputs)))
     (plain, plain_entropy, plain_grad), (shared, shared_entropy, shared_grad) = found
     assert (plain - shared).abs().max() < 1e-5
@@ -280,7 +287,7 @@ def test_the_users_config_loads_and_means_what_it_says(tmp_path):
                                                "inference.args.dtype=bfloat16"])
     assert (config.group_size, config.max_steps, config.env_args, config.run_name) == (
         32, 5, {"n": 3}, "x")
-    command = sync.server_command(config)
+    command = server_command(config)
     for words in (["--enforce-eager", "--max-model-len", "8192"], ["--dtype", "bfloat16"],
                   ["--limit-mm-per-prompt", '{"image": 4}'], ["--host", "127.0.0.1"],
                   ["--weight-transfer-config", '{"backend": "nccl"}'],
@@ -334,7 +341,8 @@ def test_two_steps_on_a_real_server(server, tmp_path):
         trainer.train()
         served_version = trainer.server.call("weight_info", method="get")["weight_version"]
         assert served_version == "2"
-        found = trainer.calibrate(trainer.build_batch(trainer.generator.begin(5, 4, 4)()))
+        found = check.server(trainer.policy, trainer.build_batch(
+            trainer.generator.collect(trainer.generator.begin(5, 4, 4))), must_agree=True)
     assert found["max"] < 1e-5  # a server with the old weights would be 1e-2 off
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
     lines = [json.loads(line) for line in open(tmp_path / "colors" / "metrics.jsonl")]

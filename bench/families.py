@@ -20,12 +20,12 @@ from models.families import FAMILIES, make  # noqa: E402  (needs the path)
 
 
 def run(name: str) -> list[dict]:
-    """The lines of `python adapter.py MODEL --json` for one family."""
+    """The lines of `python -m support.check MODEL --json` for one family."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder, name)
         make(name, directory)
-        found = subprocess.run([sys.executable, "adapter.py", str(directory), "--json"], cwd=ROOT,
-                               capture_output=True, text=True, timeout=600)
+        found = subprocess.run([sys.executable, "-m", "support.check", str(directory), "--json"],
+                               cwd=ROOT, capture_output=True, text=True, timeout=600)
         return [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from sync import Server  # noqa: E402
-from train import load_config  # noqa: E402  (needs the path)
+from support.config import load_config  # noqa: E402  (needs the path)
 
 SEEDS = (0, 1, 2)
 

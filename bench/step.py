@@ -130,7 +130,8 @@ def plain_logprobs(model, encoded: dict, ids: list[int]) -> list[float]:
 def run_ours(rollouts: list, workload: Workload, side: str, model, adapter, steps: int) -> tuple:
     """(seconds, gradient norm) of each step."""
     from rollout import GenerateOutputs
-    from train import MultimodalGRPOTrainer, MultimodalRLConfig
+    from support.config import MultimodalRLConfig
+    from train import MultimodalGRPOTrainer
     config = MultimodalRLConfig(
         batch_size=len(rollouts), rollouts_per_step=workload.prompts, learning_rate=LEARNING_RATE,
         micro_batch_size=workload.group, share_prompt=side == "shared")

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import canned, gradients, make_trainer, noise, relative_difference
-from models import check
 from models.families import FAMILIES, make
+from support import check
 
 ON_A_SERVER = ["llava-1.5", "qwen3-vl", "smolvlm"]  # of different tensor layouts
 
@@ -30,7 +30,7 @@ def test_a_step_trains_the_vision_tower_and_sharing_changes_nothing(checkpoints,
         images = [noise(71, 53, seed), noise(64, 130, seed + 1)]
         outputs = canned(trainer, [(images[:1], [3, 5, 2]), (images, [4, 2]), ([], [2, 3])])
         with torch.no_grad():
-            logprobs, _ = trainer.logprobs(trainer.build_batch(outputs), share)
+            logprobs, _ = trainer.policy(trainer.build_batch(outputs), share)
         found.append((logprobs, gradients(trainer, outputs)))
     (plain, plain_grad), (shared, shared_grad), (other, other_grad) = found
     assert (plain - shared).abs().max() < 1e-5

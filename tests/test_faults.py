@@ -21,10 +21,14 @@ import torch
 from PIL import Image
 
 import sync
-from conftest import ROOT, TINY, canned, free_port, make_trainer, noise
-from rollout import Environment, Generator, load_environment, load_image
+from conftest import ROOT, canned, free_port, make_trainer, noise
+from rollout import Environment, Generator, Job
+from support import check
+from support.checkpoint import checksums, is_whole
+from support.http import is_healthy
+from support.images import load_image
 from test_runs import metrics
-from train import is_whole, load_config, served
+from train import served
 
 CLOCKS = ("seconds", "tokens_per_second")  # differ from run to run, as nothing else does
 
@@ -178,7 +182,7 @@ def test_a_damaged_checkpoint_is_passed_over(server, tmp_path, capsys):
     flipped[-100] ^= 1
     (folder / "checkpoint-2" / "model.safetensors").write_bytes(flipped)
     trainer = make_trainer(output_dir=str(tmp_path), run_name="colors", resume=True)
-    trainer.open_run_dir()
+    trainer.records.open(trainer.past_metrics)
     assert trainer.step == 1 and len(metrics(config)) == 1
     said = capsys.readouterr().out
     assert "checkpoint-3 is damaged" in said and "checkpoint-2 is damaged" in said
@@ -209,7 +213,7 @@ def test_sigterm_finishes_the_step_and_saves_and_a_second_one_stops_at_once(serv
             assert run.wait(60) == code
         steps = path.read_text().count("\n")
         assert (tmp_path / f"run{count}" / f"checkpoint-{steps}").exists() == (count == 1)
-    assert sync.Server(config).is_healthy()
+    assert is_healthy(config.url)
 
 
 # ---- the server
@@ -246,6 +250,7 @@ class KillsWhileSending:
 
     def __init__(self, source, kill, at_version):
         self.source, self.kill, self.at_version, self.sent = source, kill, at_version, 0
+        self.version = source.version
 
     def metadata(self):
         return self.source.metadata()
@@ -345,27 +350,29 @@ def test_a_server_that_never_comes_back_ends_the_run_with_a_checkpoint(server, t
 DIES = """
 import os, signal, sys, time
 sys.path[:0] = [{root!r}]
-import sync
-from train import load_config, served
+import support.gloo
+from support.config import load_config
+from train import served
 instant = sys.argv[1]
 with served(load_config("config.toml", sys.argv[2:])) as trainer:
     die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     if instant == "while meeting":
-        sync.Gloo = lambda *_: time.sleep(1) or die()  # the worker waits for us by then
+        support.gloo.Gloo = lambda *_: time.sleep(1) or die()  # the worker waits for us by then
     if instant == "while sending":
         source = list(trainer.source)
         class Dying:
-            metadata = trainer.source.metadata
+            metadata, version = trainer.source.metadata, 0
             def __iter__(self):
                 yield from source[:20]
                 die()
         trainer.source = Dying()
-    trainer.with_server()
+    trainer.on_server(lambda: None)
     if instant == "before the end":
         trainer.server.engine.client.finish_weight_update = die
     if instant == "while paused":
         trainer.server.engine.send_weights = die
-    trainer.server.send(trainer.source, 1)
+    trainer.source.version = 1
+    trainer.server.send(trainer.source)
 """
 
 
@@ -388,9 +395,9 @@ def test_ten_trainers_in_a_row_use_one_server(server, tmp_path):
                                   for f in dataclasses.fields(server)})
         with torch.no_grad():
             trainer.model.get_output_embeddings().weight *= 1 + i / 50
-        trainer.with_server()  # and never says goodbye
-        batch = trainer.build_batch(trainer.generator.begin(0, 2, 2)())
-        assert trainer.calibrate(batch)["max"] < 1e-5
+        trainer.on_server(lambda: None)  # and never says goodbye
+        batch = trainer.build_batch(trainer.generator.collect(trainer.generator.begin(0, 2, 2)))
+        assert check.server(trainer.policy, batch, must_agree=True)["max"] < 1e-5
 
 
 def test_the_server_that_we_start_cannot_be_reached_from_other_machines(server):
@@ -442,7 +449,7 @@ def generator_of(server, rows, rewards, **options) -> Generator:
     trainer = make_trainer(**{f.name: getattr(server, f.name) for f in dataclasses.fields(server)}
                            | {"max_dropped": 0.99, **options})
     trainer.environment = Environment(train=rows, eval=[], rewards=rewards)
-    trainer.with_server()
+    trainer.on_server(lambda: None)
     return trainer.generator
 
 
@@ -457,8 +464,9 @@ def test_bad_images_and_prompts_are_dropped_by_name_and_change_nothing_else(serv
     rows = [good[0], *bad.values(), *good[1:]]
     generator = generator_of(server, rows, [length])
     places = [0, len(rows) - 2, len(rows) - 1]
-    alone = generator.submit([(rows, i, 4, 100 * i) for i in places])()
-    among = generator.submit([(rows, i, 4, 100 * i) for i in range(len(rows))])()
+    alone = generator.collect(generator.submit([Job(rows, i, 4, 100 * i) for i in places]))
+    among = generator.collect(
+        generator.submit([Job(rows, i, 4, 100 * i) for i in range(len(rows))]))
     for name in ("completion_ids", "completion_logprobs", "reward", "example_id"):
         assert among[name] == alone[name]
     assert alone.dropped == [] and len(among.dropped) == 4 * len(bad)
@@ -483,16 +491,17 @@ def test_unusual_images_are_seen_as_they_are(server):
                                 noise(56, 56).convert("1"), noise(300, 3))]
     trainer = make_trainer(**{f.name: getattr(server, f.name) for f in dataclasses.fields(server)})
     trainer.environment = Environment(train=rows, eval=[], rewards=[length])
-    trainer.with_server()
-    outputs = trainer.generator.submit([(rows, i, 2, i * 2) for i in range(len(rows))])()
+    trainer.on_server(lambda: None)
+    generator = trainer.generator
+    outputs = generator.collect(generator.submit([Job(rows, i, 2, i * 2) for i in range(6)]))
     assert {int(reason.split()[1][:-1]) for reason in outputs.dropped} <= {5}  # too oblong, if any
-    assert trainer.calibrate(trainer.build_batch(outputs))["max"] < 1e-5
+    assert check.server(trainer.policy, trainer.build_batch(outputs), must_agree=True)["max"] < 1e-5
 
 
 @pytest.mark.parametrize("seconds, size, pause", [(1, 2**20, 60), (1, 2**20, 0.2), (9, 50, 0)])
 def test_an_image_url_that_hangs_drips_or_never_ends_is_given_up(monkeypatch, seconds, size, pause):
-    monkeypatch.setattr("rollout.IMAGE_SECONDS", seconds)
-    monkeypatch.setattr("rollout.IMAGE_BYTES", size)
+    monkeypatch.setattr("support.images.SECONDS", seconds)
+    monkeypatch.setattr("support.images.BYTES", size)
     listening = socket.create_server(("127.0.0.1", 0))
 
     def serve():
@@ -524,7 +533,7 @@ def test_a_bad_reward_drops_its_completion_alone(server, bad):
         return True
 
     generator = generator_of(server, [asking(noise(56, 56))], [moody])
-    outputs = generator.submit([(generator.environment.train, 0, 4, 0)])()
+    outputs = generator.collect(generator.submit([Job(generator.environment.train, 0, 4, 0)]))
     assert outputs.reward == [1.0] * 3 and len(outputs.dropped) == 1
     assert outputs.dropped[0].startswith("example 0: ")
 
@@ -535,7 +544,7 @@ def test_a_reward_that_never_returns_is_given_up(server):
                              generation_timeout=2)
     rows = generator.environment.train
     rows[1]["info"] = {"slow": True}
-    outputs = generator.submit([(rows, 0, 4, 0), (rows, 1, 4, 4)])()
+    outputs = generator.collect(generator.submit([Job(rows, 0, 4, 0), Job(rows, 1, 4, 4)]))
     assert len(outputs) == 4 and len(outputs.dropped) == 4
 
 
@@ -565,10 +574,10 @@ def test_truncated_and_empty_completions():
     assert built.loss_mask.sum(1).tolist() == [0, 3, 0, 2]
     assert built.advantages.tolist() == [0.5, -0.5, 0.5, -0.5]  # its reward still counts
     assert trainer.update(outputs)["tokens"] == 5
-    assert trainer.can_share  # calibrated on the rows that are trained
+    assert trainer.policy.can_share  # checked on the rows that are trained
     outputs.finish_reason = ["length"] * 4
     assert trainer.update(outputs)["tokens"] == make_trainer(mask_truncated=True).update(
-        outputs)["tokens"] == 0  # nothing to learn from, and nothing to calibrate on
+        outputs)["tokens"] == 0  # nothing to learn from, and nothing to check
     assert make_trainer().build_batch(outputs).loss_mask.sum(1).tolist() == [4, 3, 0, 2]
 
 
@@ -612,9 +621,8 @@ def test_a_run_that_meets_nan_ends_with_a_checkpoint(server, tmp_path):
 def test_nothing_in_a_checkpoint_is_unpickled(tmp_path):
     import pickle
 
-    from train import checksums
     trainer = make_trainer(output_dir=str(tmp_path))
-    trainer.open_run_dir()
+    trainer.records.open(trainer.past_metrics)
     trainer.step = 1
     trainer.save()
 

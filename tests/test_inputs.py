@@ -16,7 +16,7 @@ def test_a_changed_pixel_changes_the_logprobs():
         image.paste(color, (20, 20, 30, 30))
         built = trainer.build_batch(canned(trainer, [([image], [4, 4])]))
         with torch.no_grad():
-            found.append(trainer.logprobs(built, False)[0])
+            found.append(trainer.policy(built, False)[0])
     assert (found[0] - found[1]).abs().max() > 1e-3
 
 
@@ -24,12 +24,12 @@ def test_a_sampled_image_token_does_no_harm():
     trainer = make_trainer(micro_batch_size=8)
     outputs = canned(trainer, [([noise(56, 56)], [4, 4]), ([], [4, 4])])
     image_token = trainer.model.config.image_token_id
-    assert image_token in trainer.banned
+    assert image_token in trainer.policy.banned
     for share in (False, True):
         outputs.completion_ids[0][1] = outputs.completion_ids[2][0] = image_token
         built = trainer.build_batch(outputs)
         assert built.loss_mask.sum(1).tolist() == [1, 4, 0, 4]
-        trainer.can_share = share
+        trainer.policy.can_share = share
         assert math.isfinite(trainer.update(outputs)["loss"])
 
 

@@ -1,5 +1,4 @@
 """The GPU layouts, as far as they run without one: configs, flags and handshakes of vLLM's own."""
-import dataclasses
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +8,10 @@ import torch
 
 import sync
 from conftest import ROOT, make_trainer
-from train import MultimodalRLConfig, load_config, served
+from rollout import GenerateOutputs
+from support.config import MultimodalRLConfig, load_config
+from support.vllm_process import server_command
+from train import served
 
 LAYOUTS = {  # config file -> (backend, flags of the server, GPUs of the server)
     "config.toml": ("gloo", {"tensor_parallel_size": 1, "dtype": "float32"}, 0),
@@ -33,7 +35,7 @@ def test_the_layout_decides_backend_and_flags_and_vllm_understands_them(path, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: path != "config.toml")
     config = load_config(str(ROOT / path), ["vllm_server_host=127.0.0.1"])
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(
-        sync.server_command(config)[3:])
+        server_command(config)[3:])
     assert config.backend == backend and config.server_gpus == gpus
     assert parsed.weight_transfer_config.backend == ("ipc" if backend == "ipc" else "nccl")
     assert {name: getattr(parsed, name) for name in flags} == flags
@@ -57,11 +59,12 @@ def test_a_server_that_sleeps_is_woken_by_the_next_weights(monkeypatch):
 
     monkeypatch.setattr(sync.Server, "call", call)
     trainer.server.engine = SimpleNamespace(send_weights=lambda: calls.append("weights"))
-    trainer.generator = SimpleNamespace(begin=lambda *_: lambda: SimpleNamespace())
-    trainer.with_server(trainer.rollouts)
+    trainer.generator = SimpleNamespace(begin=lambda *_: None,
+                                        collect=lambda _: GenerateOutputs())
+    trainer.roll_out()
     trainer.step = 1
     assert calls[-1] == "sleep?level=1"
-    trainer.with_server()
+    trainer.send_weights()
     at = calls.index("sleep?level=1") + 1
     assert calls[at:at + 3] == ["wake_up", "pause?mode=keep", "weights"]
     with pytest.raises(ValueError, match="enable_sleep_mode needs async_steps = 0"):
@@ -70,7 +73,7 @@ def test_a_server_that_sleeps_is_woken_by_the_next_weights(monkeypatch):
 
 def test_lengths_may_be_written_as_vllm_reads_them():
     config = MultimodalRLConfig(inference_args={"max_model_len": "32k"})
-    command = sync.server_command(config)
+    command = server_command(config)
     assert command[command.index("--max-model-len") + 1] == "32k"
 
 

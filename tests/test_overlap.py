@@ -8,6 +8,7 @@ import requests
 import torch
 
 from conftest import make_trainer, noise
+from rollout import Job
 from test_faults import asking
 from test_runs import metrics
 from train import served
@@ -85,9 +86,9 @@ def tokens_sampled(url: str) -> float:
 def test_a_request_in_flight_goes_on_with_the_new_weights(server, tmp_path):
     """Its tokens' logprobs are the old policy's before the update, the new one's after it."""
     trainer = make_trainer(**{f.name: getattr(server, f.name) for f in dataclasses.fields(server)})
-    trainer.with_server()
+    trainer.on_server(lambda: None)
     generator, image, replies = trainer.generator, noise(56, 56), []
-    generator.request |= {"max_tokens": 440, "ignore_eos": True}
+    generator.sampling |= {"max_tokens": 440, "ignore_eos": True}
     rows = [asking(image)]
     generator.environment = dataclasses.replace(
         generator.environment, rewards=[lambda completion, answer, **info: 1.0], weights=None)
@@ -97,11 +98,13 @@ def test_a_request_in_flight_goes_on_with_the_new_weights(server, tmp_path):
             p += 0.1 * p.std(correction=0) * torch.randn_like(p)
     sampled = tokens_sampled(server.url)
     running = threading.Thread(
-        target=lambda: replies.append(generator.submit([(rows, 0, 48, 0)])()))
+        target=lambda: replies.append(generator.collect(
+            generator.submit([Job(rows, 0, 48, 0)]))))
     running.start()
     while tokens_sampled(server.url) < sampled + 1000:  # of 48 x 440
         time.sleep(0.005)
-    trainer.server.send(trainer.source, 1)
+    trainer.source.version = 1
+    trainer.server.send(trainer.source)
     running.join(60)
     batch = trainer.build_batch(replies[0])
     mask, off = batch.loss_mask.bool(), []
@@ -109,7 +112,7 @@ def test_a_request_in_flight_goes_on_with_the_new_weights(server, tmp_path):
         with torch.no_grad():
             for p, q in zip(trainer.model.parameters(), weights or ()):
                 p.copy_(q)
-            logprobs, _ = trainer.logprobs(batch, share=False)
+            logprobs, _ = trainer.policy(batch, share=False)
         off.append((logprobs - batch.behavior_logprobs).abs())
     for row in range(0, 48, 5):
         new_off, old_off = (values[row][mask[row]] for values in off)

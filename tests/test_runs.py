@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-import sync
 from conftest import ROOT, TINY, free_port, noise
-from rollout import Environment, Generator, png_data_uri
-from train import MultimodalRLConfig, served
+from rollout import Environment, Generator
+from support.config import MultimodalRLConfig
+from support.http import is_healthy
+from support.images import png_data_uri
+from train import served
 
 
 def metrics(config) -> list[dict]:
@@ -63,7 +65,7 @@ def test_a_server_that_is_up_is_used_again_and_left_running(server, tmp_path):
         with served(config) as trainer:
             trainer.train()
         assert all(line["kl"] < 1e-6 for line in metrics(config))
-    assert sync.Server(server).is_healthy()
+    assert is_healthy(server.url)
     assert not list(tmp_path.glob("*-vllm.log"))
 
 
@@ -96,7 +98,7 @@ def test_the_final_checkpoint_scores_the_same_on_a_new_server(server, tmp_path):
     config = dataclasses.replace(config, model=str(tmp_path / "colors" / "checkpoint-2"),
                                  vllm_server_port=free_port(), sync_to_vllm_every=0)
     with served(config) as trainer:
-        trainer.with_server()
+        trainer.on_server(lambda: None)
         outputs = trainer.generator.evaluate(config.eval_samples)
     assert sum(outputs.reward) / len(outputs) == pytest.approx(score, abs=1 / 800)
 
@@ -159,4 +161,4 @@ def test_a_connection_that_the_server_dropped_is_tried_again():
         generator = Generator(Environment(train=[{}], eval=[], rewards=[]),
                               MultimodalRLConfig(vllm_server_port=web.server_port))
         web.shutdown()
-    assert generator.request["model"] == "m" and Hiccup.calls == 2
+    assert generator.sampling["model"] == "m" and Hiccup.calls == 2

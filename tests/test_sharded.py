@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from conftest import ROOT, canned, free_port, make_trainer, noise
+from support.checkpoint import is_whole
 from test_faults import command, running
 from test_runs import metrics
-from train import is_whole, served
+from train import served
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 MIXTURE = [([noise(56, 56)], [2, 6, 3]), ([], [4, 1]),
@@ -38,7 +39,7 @@ for name, (groups, options) in CASES.items():
     trainer = make_trainer(**options)
     outputs = torch.load({folder!r} + f"/{{name}}", weights_only=False)
     lines = [trainer.update(outputs) for _ in range(3)]
-    found[name] = (lines, trainer.full_weights(), trainer.can_share)
+    found[name] = (lines, trainer.policy.full_weights(), trainer.policy.can_share)
 if trainer.rank == 0:
     torch.save(found, sys.argv[1])
 """
@@ -65,7 +66,7 @@ def test_two_ranks_take_the_steps_of_one(three_steps, name):
     for a, b in zip(one_lines, two_lines, strict=True):
         for key in ("loss", "grad_norm", "ir", "kl", "ent", "tokens", "reward"):
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key
-    start = make_trainer(**CASES[name][1]).full_weights()
+    start = make_trainer(**CASES[name][1]).policy.full_weights()
     assert one.keys() == two.keys() == start.keys()
     assert all((one[key] - two[key]).abs().max() < 1e-5 for key in one)
     changed = {key for key in one if not torch.equal(one[key], start[key])}
@@ -119,7 +120,8 @@ def test_lora_leaves_the_base_alone_and_the_server_gets_the_sum(server, tmp_path
     assert all(line["kl"] < 1e-6 for line in metrics(config))
     folder = tmp_path / "colors" / "checkpoint-3"
     merged = make_trainer(str(folder)).model.state_dict()  # a plain model, for vLLM too
-    assert all((merged[n] - w).abs().max() < 1e-6 for n, w in trainer.full_weights().items())
+    sums = trainer.policy.full_weights()
+    assert all((merged[n] - w).abs().max() < 1e-6 for n, w in sums.items())
     again = dataclasses.replace(config, resume=str(tmp_path / "colors" / "checkpoint-2"))
     with served(again) as resumed:
         resumed.train()
@@ -129,7 +131,7 @@ def test_lora_leaves_the_base_alone_and_the_server_gets_the_sum(server, tmp_path
         with pytest.raises(ValueError, match="checkpoint-2 is of another model or lora_rank"):
             make_trainer(**dataclasses.asdict(again) | {"lora_rank": rank})
     plain = make_trainer(output_dir=str(tmp_path))
-    plain.open_run_dir()
+    plain.records.open(plain.past_metrics)
     plain.step = 1
     plain.save()
     with pytest.raises(ValueError, match="checkpoint-1 is of another model or lora_rank"):
@@ -139,7 +141,8 @@ def test_lora_leaves_the_base_alone_and_the_server_gets_the_sum(server, tmp_path
 FAILS = """
 import sys
 sys.path[:0] = [{root!r}]
-from train import load_config, served
+from support.config import load_config
+from train import served
 
 with served(load_config("config.toml", sys.argv[2:])) as trainer:
     update = trainer.update

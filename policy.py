@@ -1,0 +1,169 @@
+"""The model as a policy: the logprobs of sampled tokens, with each prompt forwarded once.
+
+A group of G completions shares one long prompt, most of it an image. The prompt is forwarded once,
+through the vision tower too. Its key-value cache is forked into one line per completion, and the
+gradients of all completions flow back through the cache and add up in the one prompt. The result
+is that of forwarding each completion with its own prompt, which is the other way here (row by row)
+and what the first is held against at start-up.
+
+What of the model trains is decided here, too: LoRA adapters, a frozen vision tower, FSDP shards.
+"""
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict as sharded
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from batch import MultimodalBatch
+from loss import token_logprobs
+
+FULL = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+LORA_SCALE = 2
+
+
+class Policy(torch.nn.Module):
+    """A Hugging Face image-text-to-text model as a policy, at the sampling temperature.
+
+    All of the forward pass is in this module's own forward, the head included: the weights of a
+    sharded model are whole only in there.
+    """
+
+    def __init__(self, model, config):
+        super().__init__()
+        self.model, self.temperature = model, config.temperature
+        self.banned = vision_token_ids(model.config)
+        # Dropout would make the trainer another policy than the one that sampled, so it is off.
+        # But Hugging Face checkpoints gradients in training mode alone, and then without a cache.
+        model.train(config.gradient_checkpointing)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.can_share = not config.gradient_checkpointing
+        if config.lora_rank:
+            add_adapters(model, config.lora_rank)
+        if config.freeze_vision:
+            freeze_vision(model)
+
+    def forward(self, batch: MultimodalBatch, share: bool) -> tuple[Tensor, Tensor]:
+        """(logprobs, entropies), both (b, L) fp32, and 0 where the loss mask is."""
+        mask = batch.loss_mask.bool()                                     # (b, L)
+        device = batch.input_ids.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # weights are fp32
+            if share:
+                states = self.shared_states(batch)                        # (N, H)
+            else:
+                states = self.row_states(batch)                           # (N, H)
+            head = self.model.get_output_embeddings()
+            logprobs, entropies = token_logprobs(                         # (N,) each
+                states, batch.input_ids[mask], head, self.temperature, self.banned)
+        return (logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs),
+                entropies.new_zeros(mask.shape).masked_scatter(mask, entropies))
+
+    def row_states(self, batch: MultimodalBatch) -> Tensor:
+        """The hidden state before each token in the loss, every row with its own prompt; (N, H)."""
+        output = self.model.base_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
+            **batch.token_tensors(), **batch.images_of(batch.prompt_index.tolist()))
+        before = output.last_hidden_state[:, :-1]                         # (b, L - 1, H)
+        return before[batch.loss_mask[:, 1:].bool()]
+
+    def shared_states(self, batch: MultimodalBatch) -> Tensor:
+        """The same states, with each prompt and its images forwarded once; (N, H).
+
+        Prompts are padded on the left, so that the last state of each is the one before the first
+        token of all its completions.
+        """
+        fork, prompt_of = batch.fork(), batch.prompt_index                # prompt_of: (b,)
+        positions = self.prompt_positions(batch, fork.prompts)            # ([3,] P, W_p)
+        prompt = self.model.base_model(
+            **fork.prompts, **batch.image_tensors(), position_ids=positions, use_cache=True)
+        cache = prompt.past_key_values                                    # P lines
+        cache.batch_select_indices(prompt_of)                             # in place: now b lines
+
+        # The last column is left out: the state of a last token is before nothing.
+        W_c = fork.trained.shape[1]
+        inputs = {key: tensor[:, :max(W_c - 1, 1)] for key, tensor in fork.completions.items()}
+        steps = inputs["attention_mask"].cumsum(1)                        # (b, W_c - 1): 1, 2, ...
+        positions = positions[..., prompt_of, -1:] + steps                # ([3,] b, W_c - 1)
+        prompt_mask = fork.prompts["attention_mask"][prompt_of]           # (b, W_p)
+        inputs["attention_mask"] = torch.cat([prompt_mask, inputs["attention_mask"]], 1)
+        completion = self.model.base_model(
+            **inputs, position_ids=positions, use_cache=True, past_key_values=cache)
+
+        before_first = prompt.last_hidden_state[prompt_of, -1:]           # (b, 1, H)
+        states = torch.cat([before_first, completion.last_hidden_state], 1)
+        return states[:, :W_c][fork.trained]
+
+    def prompt_positions(self, batch: MultimodalBatch, prompts: dict[str, Tensor]) -> Tensor:
+        """(P, W_p) positions, or (3, P, W_p) of an M-RoPE model, which counts them by itself."""
+        count = getattr(self.model.base_model, "get_rope_index", None)
+        if count is None or not batch.token_tensors():  # without token types there are no images
+            return (prompts["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        grids = {key: grid for key, grid in batch.image_tensors().items() if "_thw" in key}
+        positions, _ = count(**prompts, **grids)
+        return positions
+
+    def clip_gradients(self, most: float) -> float:
+        """Scale the gradient down to this norm at most. Returns the norm that it had."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), most)
+        if hasattr(norm, "full_tensor"):  # each rank has the norm of its shards
+            norm = norm.full_tensor()
+        return norm.item()
+
+    def shard(self) -> None:
+        """FSDP2: every rank holds a slice of each block, of its gradient and optimizer state."""
+        compute_dtype = torch.bfloat16 if torch.cuda.is_available() else None
+        precision = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32)
+        blocks = self.model._no_split_modules
+        for module in list(self.modules()):
+            if type(module).__name__ in blocks:
+                fully_shard(module, mp_policy=precision)
+        fully_shard(self, mp_policy=precision)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Every weight of the model by name, with adapters merged.
+
+        Those of a sharded model are gathered, which all ranks must do, into a copy that rank 0
+        alone gets.
+        """
+        if isinstance(self, FSDPModule):
+            return merge_adapters(sharded.get_model_state_dict(self.model, options=FULL))
+        return merge_adapters(self.model.state_dict())
+
+
+def vision_token_ids(model_config) -> list[int]:
+    """The ids that stand for images and videos, and their brackets, from the model's config.
+
+    They are banned from sampling: a model looks for the image of each placeholder.
+    """
+    words = ("image", "video", "vision", "audio")
+    ids = {value for name, value in model_config.to_dict().items()
+           if isinstance(value, int) and name.endswith(("token_id", "token_index"))
+           and any(word in name for word in words)}
+    return sorted(ids)
+
+
+def add_adapters(model, rank: int) -> None:
+    """Train W + LORA_SCALE B A (LoRA, arXiv 2106.09685) in all linear layers but the head."""
+    import peft
+    peft.inject_adapter_in_model(peft.LoraConfig(
+        r=rank, lora_alpha=LORA_SCALE * rank, target_modules="all-linear"), model)
+
+
+def merge_adapters(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in a new dict, with W + LORA_SCALE B A under W's own name."""
+    merged = {name.replace(".base_layer", ""): tensor for name, tensor in weights.items()
+              if ".lora_" not in name}
+    for name, a in weights.items():
+        if ".lora_A." in name:
+            b = weights[name.replace("_A.", "_B.")]
+            target = name.replace(".lora_A.default", "")
+            merged[target] = merged[target] + LORA_SCALE * b @ a
+    return merged
+
+
+def freeze_vision(model) -> None:
+    """Of what trains, leave the language model and its head alone."""
+    language = torch.nn.ModuleList([model.get_decoder(), model.get_output_embeddings()])
+    kept = set(language.parameters())
+    for parameter in model.parameters():
+        if parameter not in kept:
+            parameter.requires_grad_(False)

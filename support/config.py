@@ -1,0 +1,246 @@
+"""All that a run can be told: the keys with defaults and meanings, the TOML file, the command line."""
+import contextlib
+import difflib
+import inspect
+import json
+import signal
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import tomli
+import torch
+
+from loss import grpo_loss
+
+# Where a key stands in the file -> its field. All other fields are keys of [trainer.args].
+PLACES = {"model": "model", "env.id": "env_id", "env.args": "env_args",
+          "inference.gpus": "inference_gpus", "inference.args": "inference_args",
+          "trainer.gpus": "trainer_gpus", "trainer.adapter": "adapter"}
+TRAINER_ARGS = "trainer.args."
+
+# Numbers must be above 0, but for these.
+MAY_BE_ZERO = {"inference_gpus", "trainer_gpus", "seed", "warmup_steps", "weight_decay",
+               "mask_ratio_low", "lora_rank", "max_dropped", "async_steps", "sync_to_vllm_every",
+               "save_every_steps", "eval_every_steps"}
+AT_MOST = {"mask_ratio_low": 1, "mask_ratio_high": 1e8, "clip_low": 1, "max_dropped": 1,
+           "vllm_server_port": 65535}
+
+
+@dataclass(frozen=True)
+class MultimodalRLConfig:
+    """All that a run can be told; ValueError names the key whose value cannot be."""
+    model: str = ""                         # Hugging Face id or directory
+    env_id: str = ""
+    env_args: dict = field(default_factory=dict)
+    inference_gpus: int = 1
+    inference_args: dict = field(default_factory=dict)  # any flags of the vLLM server
+    trainer_gpus: int = 1
+    adapter: str = ""                       # "module:Class" of an adapter; unset: the built-in one
+
+    # [trainer.args]
+    run_name: str = "run"
+    output_dir: str = "./outputs"           # everything is written to output_dir/run_name
+    seed: int = 0
+    max_steps: int = 500
+    batch_size: int = 512                   # completions per step
+    rollouts_per_step: int = 16             # prompts; G = batch_size / rollouts_per_step
+    updates_per_rollout: int = 1            # optimizer steps that the prompts of a step are dealt to
+    micro_batch_size: int = 4               # completions per forward: lower it for memory
+    learning_rate: float = 1e-5
+    warmup_steps: int = 0                   # linear, then constant
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    mask_ratio_low: float = 0.1             # tokens outside are left out of the loss
+    mask_ratio_high: float = 10.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    divide_by_std: bool = False             # advantages by the std of their group
+    share_prompt: bool | None = None        # unset: decided per micro-batch, by counting work
+    gradient_checkpointing: bool = False    # less memory, but prompts cannot be shared
+    freeze_vision: bool = False             # train the language model alone
+    lora_rank: int = 0                      # above 0: train adapters of all linear layers (peft)
+    temperature: float = 1.0
+    max_tokens: int = 512
+    vllm_server_host: str = "0.0.0.0"       # this machine: train.py starts the server itself
+    vllm_server_port: int = 8000
+    vllm_server_timeout: float = 600        # seconds to come up; also for a weight update
+    generation_timeout: float = 600         # seconds for one prompt's completions
+    max_concurrent: int = 128               # requests (prompts) in flight
+    max_dropped: float = 0.5                # share of a step's completions that may fail
+    mask_truncated: bool = False            # leave completions cut by max_tokens out of the loss
+    kl_warning: float = 0.05                # mismatch KL of a step from which to warn
+    async_steps: int = 1                    # rollouts ahead of the trainer; 0 = exactly on-policy
+    sync_to_vllm_every: int = 1             # steps; 0 = never, on purpose
+    log_every_steps: int = 10               # sampled rollouts are written
+    save_every_steps: int = 0               # 0 = only at the end
+    keep_checkpoints: int = 2               # the newest ones
+    resume: bool | str = False              # true: from the newest whole checkpoint; or its path
+    eval_every_steps: int = 0               # also before the first and after the last step
+    eval_samples: int = 1                   # completions per held-out prompt
+    wandb_project: str = ""                 # set: log to Weights & Biases too
+
+    def __post_init__(self):
+        for key in fields(self):
+            check_value(key.name, key.type, getattr(self, key.name))
+        self.check_batch()
+        self.check_server()
+        if isinstance(self.resume, str) and not Path(self.resume, "checksums.json").exists():
+            raise ValueError(f"resume must be true or a checkpoint's folder, not {self.resume!r}")
+
+    def check_batch(self) -> None:
+        if self.batch_size % self.rollouts_per_step or self.group_size < 2:
+            raise ValueError(f"batch_size {self.batch_size} must be rollouts_per_step "
+                             f"{self.rollouts_per_step} times G, the group size, at least 2")
+        if self.updates_per_rollout > self.rollouts_per_step:
+            raise ValueError(f"updates_per_rollout {self.updates_per_rollout} must be at most "
+                             f"rollouts_per_step {self.rollouts_per_step}: each needs a prompt")
+
+    def check_server(self) -> None:
+        flags = self.inference_args
+        if "/" in self.vllm_server_host or ":" in self.vllm_server_host:
+            raise ValueError(f"vllm_server_host must be a name or address alone: {self.url}")
+        if "model" in flags or "port" in flags:
+            raise ValueError("inference.args: set `model` and vllm_server_port instead")
+        longest = flags.get("max_model_len")  # for vLLM it may be "32k", too
+        if isinstance(longest, int) and self.max_tokens >= longest:
+            raise ValueError("max_tokens must be below max_model_len, which holds the prompt, too")
+        if flags.get("enable_sleep_mode") and (self.async_steps or self.sync_to_vllm_every != 1):
+            raise ValueError("enable_sleep_mode needs async_steps = 0 and sync_to_vllm_every = 1")
+
+    @property
+    def group_size(self) -> int:
+        """G, the completions of a prompt."""
+        return self.batch_size // self.rollouts_per_step
+
+    @property
+    def run_dir(self) -> Path:
+        """Where all is that the run writes."""
+        return Path(self.output_dir, self.run_name)
+
+    @property
+    def local(self) -> bool:
+        """Whether the server is on this machine, where train.py may start it."""
+        return self.vllm_server_host in ("0.0.0.0", "127.0.0.1", "localhost")
+
+    @property
+    def url(self) -> str:
+        host = "127.0.0.1" if self.local else self.vllm_server_host
+        return f"http://{host}:{self.vllm_server_port}"
+
+    @property
+    def server_gpus(self) -> int:
+        """How many GPUs a server that we start gets; 0 is a CPU."""
+        if not torch.cuda.is_available():
+            return 0
+        return max(1, self.inference_gpus)
+
+    @property
+    def backend(self) -> str:
+        """How weights travel: over gloo between CPUs, NCCL between GPUs, IPC within one GPU."""
+        if self.server_gpus == 0:
+            return "gloo"
+        return "nccl" if self.trainer_gpus else "ipc"
+
+    def loss_options(self) -> dict[str, float]:
+        """The keyword arguments of grpo_loss, which are keys of the same names."""
+        names = inspect.getfullargspec(grpo_loss).kwonlyargs
+        return {name: getattr(self, name) for name in names}
+
+
+def check_value(key: str, kind: type, value) -> None:
+    """ValueError if the value is not of this type, or is a number that the key cannot be."""
+    number = kind in (int, float)
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (number and isinstance(value, bool)):
+        name = getattr(kind, "__name__", kind)
+        raise ValueError(f"{key} must be {name}, not {value!r}")
+    if number:
+        most = AT_MOST.get(key, 1e12)
+        in_range = 0 <= value <= most if key in MAY_BE_ZERO else 0 < value <= most
+        if not in_range:  # as NaN is not
+            least = "at least" if key in MAY_BE_ZERO else "above"
+            raise ValueError(f"{key} must be {least} 0 and at most {most:g}, not {value}")
+
+
+def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
+    """A TOML file and overrides ("seed=1", "env.args.n=3", "model=X"); ValueError in one line."""
+    values = {}
+    try:
+        add_keys(values, tomli.loads(Path(path).read_text()))
+        for override in overrides:
+            add_keys(values, parse_override(override))
+        if not values.get("model") or not values.get("env_id"):
+            raise ValueError('it must set model = "..." and [env] id = "..."')
+        return MultimodalRLConfig(**values)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # tomli's errors are ValueErrors, too
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse_override(override: str) -> dict:
+    """The table that "key=value" would be in the file. A bare key is one of [trainer.args]."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"override {override!r} is not key=value or table.key=value")
+    if "." not in key and key != "model":
+        key = TRAINER_ARGS + key
+    try:
+        return tomli.loads(f"{key} = {text}")
+    except tomli.TOMLDecodeError:  # a word without quotes is a string
+        return tomli.loads(f"{key} = {json.dumps(text)}")
+
+
+def add_keys(values: dict, table: dict, prefix: str = "") -> None:
+    """Add the keys of a TOML table to the values by field; tables of arguments are merged."""
+    places = PLACES | {TRAINER_ARGS + f.name: f.name for f in fields(MultimodalRLConfig)
+                       if f.name not in PLACES.values()}
+    for key, value in table.items():
+        place = prefix + key
+        name = places.get(place)
+        if name and isinstance(value, dict) and isinstance(values.get(name), dict):
+            values[name] = values[name] | value
+        elif name:
+            values[name] = value
+        elif isinstance(value, dict):
+            add_keys(values, value, place + ".")
+        else:
+            raise ValueError(f"unknown key {place!r}; did you mean {nearest(place, places)!r}?")
+
+
+def nearest(place: str, places: dict) -> str:
+    """The valid place most like this one, whether or not it was written with its table."""
+    short = {valid.removeprefix(TRAINER_ARGS): valid for valid in places}
+    [match] = difflib.get_close_matches(place.removeprefix(TRAINER_ARGS), short, n=1, cutoff=0)
+    return short[match]
+
+
+def command_line(program: str) -> MultimodalRLConfig:
+    """The config that sys.argv asks for: "@ config.toml key=value ...", also "@config.toml".
+
+    From here on SIGINT and SIGTERM raise SystemExit, so that a server of ours is stopped.
+    ValueError for a mistake in the words or in the file.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, exit_by_signal)
+    words = sys.argv[1:]
+    if words and words[0].startswith("@") and words[0] != "@":
+        words = ["@", words[0][1:], *words[1:]]
+    if len(words) < 2 or words[0] != "@":
+        raise ValueError(f"usage: python {program} @ config.toml [key=value ...]")
+    return load_config(words[1], words[2:])
+
+
+def exit_by_signal(number: int, _frame) -> None:
+    sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def mistakes():
+    """An error in here is a mistake of the user's: one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)

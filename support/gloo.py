@@ -1,0 +1,40 @@
+"""Weights to a vLLM server on a CPU: vLLM's NCCL engines, used as they are, meet over gloo."""
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+
+class Gloo:
+    """A gloo group with the methods of vLLM's NCCL communicator."""
+
+    def __init__(self, address: str, port: int, rank: int, world_size: int, device=None):
+        from vllm.distributed.utils import stateless_init_torch_distributed_process_group
+        self.group = stateless_init_torch_distributed_process_group(
+            address, port, rank, world_size, "gloo",
+            timeout=timedelta(seconds=30))  # as long a worker waits for a trainer that was killed
+
+    def broadcast(self, tensor: Tensor, src: int, stream=None) -> None:
+        self.group.broadcast(tensor, src).wait()
+
+    def destroy(self) -> None:
+        self.group = None
+
+
+def use_gloo() -> None:
+    """Put gloo in the place of NCCL, in this process."""
+    from vllm.distributed.weight_transfer import nccl_common
+    nccl_common.stateless_init_process_group = Gloo
+    torch.accelerator.current_device_index = no_device
+    torch.cuda.current_stream = no_device
+
+
+def no_device() -> None:
+    return None
+
+
+class GlooWorker:
+    """What the workers of a server that we start learn, from --worker-extension-cls."""
+
+    def use_gloo(self) -> None:
+        use_gloo()

@@ -1,0 +1,71 @@
+"""What a run writes beside its checkpoints: metrics.jsonl, sampled rollouts, batches that failed."""
+import collections
+import json
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from support.check import CAUSES
+
+SAMPLED = ("completion", "answer", "reward", "finish_reason")
+SAMPLES = 3  # rollouts that are written of a step
+
+
+class Records:
+    """The files in output_dir/run_name, and Weights & Biases if the config names a project.
+
+    With several ranks rank 0 alone has one.
+    """
+
+    def __init__(self, config):
+        self.config, self.folder, self.wandb = config, config.run_dir, None
+        if config.wandb_project:
+            import wandb
+            self.wandb = wandb.init(project=config.wandb_project, name=config.run_name,
+                                    config=vars(config))
+
+    def open(self, past_metrics: str) -> None:
+        """Set the metrics back to those of the checkpoint. The folder of another run is renamed."""
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists() and not past_metrics:
+            self.folder.rename(f"{self.folder}-past-{time.time_ns()}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        metrics.write_text(past_metrics)
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """Add a line to metrics.jsonl; metrics["step"] says of which step."""
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if self.wandb:
+            self.wandb.log(metrics, step=metrics["step"])
+
+    def write_step(self, metrics: dict[str, float], outputs, tokenizer) -> None:
+        """The metrics of a step, what went wrong in it, and every log_every_steps some rollouts."""
+        step = metrics["step"]
+        self.write(metrics)
+        for reason, count in collections.Counter(outputs.dropped).most_common(3):
+            tqdm.write(f"step {step}: {count} completions dropped: {reason[:300]}")
+        if metrics["kl"] > self.config.kl_warning:
+            tqdm.write(f"step {step}: mismatch KL {metrics['kl']:.2g}, usually from {CAUSES}")
+        if step % self.config.log_every_steps == 0:
+            self.write_rollouts(step, outputs, tokenizer)
+
+    def write_rollouts(self, step: int, outputs, tokenizer) -> None:
+        """A few completions of the step, spread over its prompts, with their images."""
+        folder = self.folder / "rollouts" / f"step-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(0, len(outputs), max(1, len(outputs) // SAMPLES)):
+            sample = {key: outputs[key][i] for key in SAMPLED}
+            sample["prompt"] = tokenizer.decode(outputs.prompt_ids[i])
+            (folder / f"{i}.json").write_text(json.dumps(sample, default=str))
+            for j, image in enumerate(outputs.images[i]):
+                image.save(folder / f"{i}-{j}.png")
+
+    def write_bad_batch(self, step: int, batch) -> Path:
+        """A batch without finite loss or gradient, for torch.load(weights_only=True)."""
+        path = self.folder / f"bad-batch-{step}.pt"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.save(vars(batch), path)
+        return path

@@ -1,0 +1,70 @@
+"""A vLLM server of our own: its command line, its process, and what its log says when it ends."""
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent  # where the server finds support.gloo
+# How exceptions, with two lines of what they say, and mistakes in flags end vLLM's log.
+ERRORS = r"(?m)^(?:\(.*?\) )?((?:[\w.]+Error|\S+: error): .*(?:\n.*){0,2})"
+# When the trainer ends, however it ends, its end of the pipe closes: kill the server's group.
+GUARD = 'exec 3<&0; (read line <&3; kill -9 0) & exec "$@" </dev/null 3<&-'
+
+
+def server_command(config) -> list[str]:
+    """vLLM's OpenAI server for RL, with the flags of [inference.args]."""
+    engine = "nccl" if config.backend == "gloo" else config.backend
+    flags = {"model": config.model, "port": config.vllm_server_port, "host": "127.0.0.1",
+             "logprobs_mode": "processed_logprobs", "weight_transfer_config": {"backend": engine}}
+    if config.server_gpus == 0:
+        flags["worker_extension_cls"] = "support.gloo.GlooWorker"
+        flags["enable_chunked_prefill"] = False  # with a seed it crashes vLLM 0.32 on CPUs
+    elif "data_parallel_size" not in config.inference_args:
+        flags["tensor_parallel_size"] = config.server_gpus
+    flags |= config.inference_args
+    # Not the `vllm` command: the CPU package's does not work.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    for key, value in flags.items():
+        flag = key.replace("_", "-")
+        if value is True:
+            command.append(f"--{flag}")
+        elif value is False:
+            command.append(f"--no-{flag}")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            command += [f"--{flag}", text]
+    return command
+
+
+def start(config, log: Path) -> subprocess.Popen:
+    """Run the server in a session of its own, so that Ctrl-C reaches the trainer alone."""
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ,
+           "VLLM_SERVER_DEV_MODE": "1",
+           "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+           "VLLM_ALLOW_INSECURE_SERIALIZATION": "1" if config.backend == "ipc" else "0"}
+    if config.server_gpus > 0:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in range(config.server_gpus))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as out:
+        return subprocess.Popen(["sh", "-c", GUARD, "sh", *server_command(config)], env=env,
+                                stdout=out, stderr=out, stdin=subprocess.PIPE,
+                                start_new_session=True)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End the server; then the guard ends what is left of its group."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)  # one that hangs, or is about to start, does not hear it
+    process.stdin.close()
+    process.wait(20)
+
+
+def last_errors(log: Path) -> str:
+    """The last errors in the log, or its last lines."""
+    text = log.read_text(errors="replace")
+    errors = re.findall(ERRORS, text) or text.splitlines()
+    return " | ".join(errors[-2:])
