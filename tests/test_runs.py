@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import sync
-from conftest import ROOT, TINY, free_port, noise
+from conftest import PYTHON, ROOT, TINY, free_port, noise
 from rollout import Environment, Generator, png_data_uri
 from train import MultimodalRLConfig, served
 
@@ -41,7 +41,7 @@ def processes_with(word: str) -> list[str]:
                                         (signal.SIGKILL, -9)])
 def test_the_server_that_train_started_ends_with_it(tmp_path, kill, code):
     port = free_port()
-    run = subprocess.Popen([sys.executable, "train.py", "@", "config.toml", f"model={TINY}",
+    run = subprocess.Popen([PYTHON, "train.py", "@", "config.toml", f"model={TINY}",
                             f"output_dir={tmp_path}", f"vllm_server_port={port}"], cwd=ROOT,
                            start_new_session=True)
     deadline = time.monotonic() + 120
