@@ -1,18 +1,17 @@
 """What every test file shares: the tiny model, canned rollouts, and one vLLM server per session.
 
-The server is started as users start one, with `python sync.py`, when the tests have been collected;
+The server is started by the usual Python, in the background, when the tests have been collected;
 those that need none run meanwhile. All other Python processes that the tests start, and that these
 start, are forks of a process that has imported everything: see tests/processes.py.
 """
 import contextlib
 import os
 import random
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py does, before torch
@@ -117,28 +116,27 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def starting_server(request, tmp_path_factory):
-    """(config, process) of the session's server, which may not answer yet; None without need."""
+    """(config, what waits for its server) of the session; None if no test needs the server."""
     if not any("server" in item.fixturenames for item in request.session.items):
         yield None
         return
-    out = tmp_path_factory.mktemp("server")
-    words = [f"model={TINY}", f"output_dir={out}", f"vllm_server_port={free_port()}",
-             "eval_every_steps=0", "batch_size=32", "rollouts_per_step=4", "micro_batch_size=16"]
-    with open(out / "sync.log", "w") as log:
-        process = subprocess.Popen([PYTHON, "sync.py", "@", "config.toml", *words], cwd=ROOT,
-                                   stdout=log, stderr=log)
-    yield load_config(str(ROOT / "config.toml"), words), process
-    process.terminate()
-    assert process.wait(60) == 128 + signal.SIGTERM
+    config = load_config(str(ROOT / "config.toml"), [
+        f"model={TINY}", f"output_dir={tmp_path_factory.mktemp('server')}",
+        f"vllm_server_port={free_port()}", "eval_every_steps=0", "batch_size=32",
+        "rollouts_per_step=4", "micro_batch_size=16"])
+    server, pool = Server(config), ThreadPool(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", PYTHON)
+        started = pool.apply_async(server.__enter__)
+        while not (server.process or started.ready()):
+            time.sleep(0.01)
+    yield config, started.get
+    server.stop()
 
 
 @pytest.fixture(scope="session")
 def server(starting_server):
     """The config of one real vLLM server with the tiny model, for all tests of the session."""
-    config, process = starting_server
-    server = Server(config)
-    log = Path(config.output_dir, "sync.log")
-    while not server.is_healthy():
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.5)
+    config, wait = starting_server
+    wait()
     return config

@@ -53,21 +53,23 @@ def python(folder: Path):
         listener.listen(100)  # commands that come before all is imported wait
         nursery = subprocess.Popen(
             [sys.executable, "-c", "import processes; processes.nursery()", command,
-             str(listener.fileno())], pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL,
+             str(listener.fileno())], pass_fds=[listener.fileno()], stdin=subprocess.PIPE,
             stdout=log, stderr=log, start_new_session=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
                               "OPENBLAS_NUM_THREADS": "1"})  # a fork inherits no threads
     try:
         yield str(command)
     finally:
-        nursery.kill()
+        nursery.stdin.close()
         nursery.wait()
 
 
 def kill(process: subprocess.Popen) -> None:
     """SIGKILL, at once, to the real process of a command; the command ends as soon as it has."""
-    name = Path(f"/proc/{process.pid}/comm").read_text().strip()
-    os.kill(int(name) if name.isdigit() else process.pid, signal.SIGKILL)
+    if process.poll() is None:
+        name = Path(f"/proc/{process.pid}/comm").read_text().strip()
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(int(name) if name.isdigit() else process.pid, signal.SIGKILL)
 
 
 # ---- in the command
@@ -119,7 +121,8 @@ def run_as(words: list[str]):
 # ---- in the nursery, and in the process that is forked from it
 
 def nursery() -> None:
-    """Import everything, then fork for every connection, until this process is killed."""
+    """Import everything, then fork for every command, until stdin ends, as it does with its owner.
+    """
     import setproctitle
     path, descriptor = sys.argv[1], int(sys.argv[2])
     setproctitle.setproctitle("nursery")  # finds its place while the environment is untouched
@@ -128,32 +131,39 @@ def nursery() -> None:
     gc.freeze()  # no collection writes to the memory that all forks share
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads, of which a fork would have one"
-    with socket.socket(fileno=descriptor) as listener, selectors.DefaultSelector() as events:
-        events.register(listener, selectors.EVENT_READ)
-        while True:
-            for key, _ in events.select():
-                if key.fileobj is listener:
-                    connection, _ = listener.accept()
-                    received = receive(connection)
-                    if not (pid := os.fork()):
-                        end_after(become, path, *received)
-                    for number in received[1]:
-                        os.close(number)
-                    connection.sendall(f"{pid}\n".encode())
-                    events.register(connection, selectors.EVENT_READ, (pid, connection))
-                    events.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, connection))
-                elif key.fileobj is key.data[1]:  # the command was killed
-                    events.unregister(key.fileobj)
-                    end_group(key.data[0])
-                else:  # the process has ended
-                    pid, connection = key.data
-                    events.unregister(key.fileobj)
-                    os.close(key.fileobj)
-                    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                    with contextlib.suppress(KeyError, OSError):
-                        events.unregister(connection)
-                        connection.sendall(f"{code}\n".encode())
-                    connection.close()
+    listener, events, running = socket.socket(fileno=descriptor), selectors.DefaultSelector(), {}
+    events.register(sys.stdin, selectors.EVENT_READ)
+    events.register(listener, selectors.EVENT_READ)
+    while True:
+        for key, _ in events.select():
+            if key.fileobj is sys.stdin:
+                for pid in running:
+                    end_group(pid)
+                os._exit(0)
+            elif key.fileobj is listener:
+                connection, _ = listener.accept()
+                received = receive(connection)
+                if not (pid := os.fork()):
+                    end_after(become, path, *received)
+                for number in received[1]:
+                    os.close(number)
+                running[pid] = connection
+                connection.sendall(f"{pid}\n".encode())
+                events.register(connection, selectors.EVENT_READ, pid)
+                events.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
+            elif key.fileobj is running[key.data]:  # the command was killed
+                events.unregister(key.fileobj)
+                end_group(key.data)
+            else:  # the process has ended
+                events.unregister(key.fileobj)
+                os.close(key.fileobj)
+                code = os.waitstatus_to_exitcode(os.waitpid(key.data, 0)[1])
+                connection = running.pop(key.data)
+                with contextlib.suppress(KeyError):  # else the command was killed before
+                    events.unregister(connection)
+                with contextlib.suppress(OSError):
+                    connection.sendall(f"{code}\n".encode())
+                connection.close()
 
 
 def receive(connection: socket.socket) -> tuple[dict, list[int]]:
