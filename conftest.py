@@ -1,7 +1,17 @@
-"""What every test file shares: the tiny model, canned rollouts, and one vLLM server per session."""
+"""What every test file shares: the tiny model, canned rollouts, and one vLLM server per session.
+
+The server is started by the usual Python, in the background, when the tests have been collected;
+those that need none run meanwhile. All other Python processes that the tests start, and that these
+start, are forks of a process that has imported everything: see tests/processes.py.
+"""
+import contextlib
 import os
 import random
 import socket
+import sys
+import tempfile
+import time
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py does, before torch
@@ -11,6 +21,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import processes
 from adapter import MultimodalAdapter
 from rollout import GenerateOutputs, Rollout
 from support.config import MultimodalRLConfig, load_config
@@ -19,6 +30,7 @@ from train import MultimodalGRPOTrainer
 
 ROOT = Path(__file__).parent
 TINY = str(ROOT / "models" / "tiny-qwen2-vl")
+PYTHON = sys.executable  # the usual one; from the start of the session on, sys.executable forks
 
 
 def free_port() -> int:
@@ -87,16 +99,45 @@ def relative_difference(a: dict, b: dict) -> float:
             / sum(a[n].square().sum() for n in a)).sqrt().item()
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """(url, config) of one real vLLM server with the tiny model, for all tests of the session."""
-    out = tmp_path_factory.mktemp("server")
-    config = load_config(str(ROOT / "config.toml"), [
-        f"model={TINY}", f"output_dir={out}", f"vllm_server_port={free_port()}",
-        "eval_every_steps=0", "batch_size=32", "rollouts_per_step=4", "micro_batch_size=16"])
-    with Server(config):
-        yield config
-
-
 def pytest_addoption(parser):
     parser.addoption("--all-families", action="store_true", help="a vLLM server for every family")
+
+
+def pytest_sessionstart(session):
+    stack = contextlib.ExitStack()
+    session.config.add_cleanup(stack.close)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    sys.executable = stack.enter_context(processes.python(folder))
+
+
+def pytest_collection_modifyitems(items):
+    """Those that need the server come last: it needs a minute to start."""
+    items.sort(key=lambda item: "server" in item.fixturenames)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def starting_server(request, tmp_path_factory):
+    """(config, what waits for its server) of the session; None if no test needs the server."""
+    if not any("server" in item.fixturenames for item in request.session.items):
+        yield None
+        return
+    config = load_config(str(ROOT / "config.toml"), [
+        f"model={TINY}", f"output_dir={tmp_path_factory.mktemp('server')}",
+        f"vllm_server_port={free_port()}", "eval_every_steps=0", "batch_size=32",
+        "rollouts_per_step=4", "micro_batch_size=16"])
+    server, pool = Server(config), ThreadPool(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", PYTHON)
+        started = pool.apply_async(server.__enter__)
+        while not (server.process or started.ready()):
+            time.sleep(0.01)
+    yield config, started.get
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(starting_server):
+    """The config of one real vLLM server with the tiny model, for all tests of the session."""
+    config, wait = starting_server
+    wait()
+    return config

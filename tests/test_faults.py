@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+import processes
 import sync
 from conftest import ROOT, canned, free_port, make_trainer, noise
 from rollout import Environment, Generator, Job
@@ -53,54 +54,8 @@ def running(words: list[str], **options):
     try:
         yield process
     finally:
-        process.kill()
+        processes.kill(process)
         process.wait()
-
-
-FORKS = """
-import json, os, runpy, sys, time, traceback
-import train  # and torch, once for all
-from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
-from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ipc_engine, nccl_engine
-
-AutoProcessor.from_pretrained("models/tiny-qwen2-vl")
-for line in sys.stdin:
-    words, path = json.loads(line)
-    start, child = time.monotonic(), os.fork()
-    if not child:
-        code, out = 1, open(path, "w")
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
-        try:
-            sys.argv = ["train.py", *words]
-            runpy.run_path("train.py", run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(code)  # at once: all the rest would be taken down again
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), time.monotonic() - start, flush=True)
-"""
-
-
-@pytest.fixture
-def fork():
-    """fork(words, path) starts `train.py *words` from a process that has imported all; its pid.
-
-    Its output goes to path; fork.ended() waits for (exit code, seconds). None outlives the test.
-    """
-    with subprocess.Popen([sys.executable, "-c", FORKS], cwd=ROOT, text=True, bufsize=1,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          start_new_session=True) as process:
-        def fork(words: list[str], path: Path) -> int:
-            process.stdin.write(json.dumps([words, str(path)]) + "\n")
-            return int(process.stdout.readline())
-
-        fork.ended = lambda: [float(word) for word in process.stdout.readline().split()]
-        yield fork
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for_lines(path: Path, count: int, run: subprocess.Popen) -> None:
@@ -140,7 +95,7 @@ def test_a_killed_run_goes_on_bit_for_bit(server, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twenty_kills_at_random_instants_lose_nothing_that_was_saved(server, tmp_path, fork):
+def test_twenty_kills_at_random_instants_lose_nothing_that_was_saved(server, tmp_path):
     """Half of them in the middle of saving. Each run resumes from the newest checkpoint."""
     config = dataclasses.replace(server, output_dir=str(tmp_path), run_name="killed", batch_size=8,
                                  eval_every_steps=0)
@@ -148,17 +103,18 @@ def test_twenty_kills_at_random_instants_lose_nothing_that_was_saved(server, tmp
     for trial in range(20):
         if trial % 2 == 0:  # else what an earlier kill left is there already
             shutil.rmtree(folder / "unfinished", ignore_errors=True)
-        run = fork(command(config, run_name="killed", resume="true", save_every_steps=1,
-                           max_steps=10_000)[2:], tmp_path / "out")
-        deadline = time.monotonic() + 120
-        while not (folder / f"checkpoint-{last + 1}").exists() and (
-                trial % 2 or not (folder / "unfinished").exists()):
-            assert time.monotonic() < deadline, (tmp_path / "out").read_text()
-            os.kill(run, 0)  # raises if it has ended
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 4) if trial % 2 else rng.uniform(0, 0.04))
-        os.kill(run, signal.SIGKILL)
-        assert fork.ended()[0] == -signal.SIGKILL
+        words = command(config, run_name="killed", resume="true", save_every_steps=1,
+                        max_steps=10_000)
+        with open(tmp_path / "out", "w") as out, running(words, stdout=out, stderr=out) as run:
+            deadline = time.monotonic() + 120
+            while not (folder / f"checkpoint-{last + 1}").exists() and (
+                    trial % 2 or not (folder / "unfinished").exists()):
+                assert time.monotonic() < deadline and run.poll() is None, (
+                    tmp_path / "out").read_text()
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 4) if trial % 2 else rng.uniform(0, 0.04))
+            processes.kill(run)
+            assert run.wait() == -signal.SIGKILL
         text = (tmp_path / "out").read_text()
         assert last == 0 or f"resumed from {folder / f'checkpoint-{last}'}" in text
         whole = [int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*") if is_whole(p)]
@@ -232,13 +188,13 @@ def undisturbed(server, tmp_path_factory):
     return timeless(metrics(config))
 
 
-def engine_processes(group: int) -> list[int]:
-    """The vLLM processes of a server's process group that compute."""
+def engine_processes(log: Path) -> list[int]:
+    """The vLLM processes that compute for the server whose log this is."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             words = (path / "cmdline").read_bytes() + (path / "comm").read_bytes()
-            if os.getpgid(int(path.name)) == group and b"VLLM::" in words:
+            if (path / "fd" / "1").resolve() == log.resolve() and b"VLLM::" in words:
                 found.append(int(path.name))
         except OSError:
             pass
@@ -287,7 +243,9 @@ def test_our_server_dies_in_rollouts_and_in_a_sync_and_hangs_and_the_run_is_the_
             def __getitem__(self, i):
                 if trainer.step == 4 and "hung" not in done:
                     done.append("hung")
-                    for pid in engine_processes(group()):
+                    engine = engine_processes(tmp_path / "colors-vllm.log")
+                    assert len(engine) == 2
+                    for pid in engine:
                         os.kill(pid, signal.SIGSTOP)
                 return environment.train[i]
 
@@ -677,7 +635,7 @@ FILES = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_mistake_is_one_line_and_code_2_within_seconds(tmp_path, fork):
+def test_every_mistake_is_one_line_and_code_2_within_seconds(tmp_path):
     taken = socket.create_server(("127.0.0.1", 0))
     cases = [(["@", "config.toml", words.replace("TAKEN", str(taken.getsockname()[1])),
                *([] if "port" in words else [f"vllm_server_port={free_port()}"]),
@@ -690,8 +648,11 @@ def test_every_mistake_is_one_line_and_code_2_within_seconds(tmp_path, fork):
               (["config.toml"], "usage: python train.py @ config.toml"), ([], "usage: python train")]
 
     for words, said in cases:
-        fork(words, tmp_path / "out")
-        code, seconds = fork.ended()
+        start = time.monotonic()
+        with open(tmp_path / "out", "w") as out:
+            code = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, stdout=out,
+                                  stderr=out).returncode
+        seconds = time.monotonic() - start
         *waiting, last = (tmp_path / "out").read_text().splitlines()
         assert code == 2 and seconds < 60 and last.startswith("error: ") and said in last, words
         assert all(line.startswith("waiting for the vLLM server") for line in waiting), waiting

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, TINY, free_port, noise
+from conftest import PYTHON, ROOT, TINY, free_port, noise
 from rollout import Environment, Generator
 from support.config import MultimodalRLConfig
 from support.http import is_healthy
@@ -43,7 +43,7 @@ def processes_with(word: str) -> list[str]:
                                         (signal.SIGKILL, -9)])
 def test_the_server_that_train_started_ends_with_it(tmp_path, kill, code):
     port = free_port()
-    run = subprocess.Popen([sys.executable, "train.py", "@", "config.toml", f"model={TINY}",
+    run = subprocess.Popen([PYTHON, "train.py", "@", "config.toml", f"model={TINY}",
                             f"output_dir={tmp_path}", f"vllm_server_port={port}"], cwd=ROOT,
                            start_new_session=True)
     deadline = time.monotonic() + 120

@@ -14,7 +14,7 @@ from test_faults import command, running
 from test_runs import metrics
 from train import served
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 MIXTURE = [([noise(56, 56)], [2, 6, 3]), ([], [4, 1]),
            ([noise(84, 84), noise(56, 56, 2)], [5, 3, 2])]
 CASES = {  # name -> (groups, options of the trainer)
@@ -53,8 +53,9 @@ def three_steps(tmp_path_factory) -> tuple[dict, dict]:
         torch.save(canned(make_trainer(), groups), folder / name)
     script = folder / "steps.py"
     script.write_text(THREE_STEPS.format(root=str(ROOT), folder=str(folder)))
-    for start in ([sys.executable], [*TORCHRUN, "2"]):
-        subprocess.run([*start, str(script), str(folder / "found")], check=True, timeout=300)
+    for start in ([], [*TORCHRUN, "2"]):
+        subprocess.run([sys.executable, *start, str(script), str(folder / "found")], check=True,
+                       timeout=300)
         found.append(torch.load(folder / "found", weights_only=False))
     return tuple(found)
 
@@ -87,13 +88,14 @@ def test_two_ranks_train_against_a_real_server_and_go_on_as_one(server, tmp_path
               "--master-addr=127.0.0.1", f"--master-port={free_port()}"] for i in range(2)]
     nodes[1][-1] = nodes[0][-1]
     for name, starts, end, more in (
-            ("one", [[sys.executable]], 4, {}), ("changing", nodes, 2, {}),
-            ("changing", [[sys.executable]], 3, {}),
-            ("changing", [[sys.executable]], 4, own | {"trainer.gpus": 2})):
-        words = command(config, resume="true", **options, run_name=name, max_steps=end, **more)[1:]
+            ("one", [[]], 4, {}), ("changing", nodes, 2, {}), ("changing", [[]], 3, {}),
+            ("changing", [[]], 4, own | {"trainer.gpus": 2})):
+        python, *words = command(config, resume="true", **options, run_name=name, max_steps=end,
+                                 **more)
         env = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         with contextlib.ExitStack() as stack:
-            runs = [stack.enter_context(running([*start, *words], env=env)) for start in starts]
+            runs = [stack.enter_context(running([python, *start, *words], env=env))
+                    for start in starts]
             assert [run.wait(400) for run in runs] == [0] * len(runs)
     one, other = (metrics(dataclasses.replace(config, run_name=name))
                   for name in ("one", "changing"))
@@ -171,8 +173,8 @@ def test_an_error_of_one_rank_or_of_all_ends_the_run(server, tmp_path, what, sav
     script = tmp_path / "fails.py"
     script.write_text(FAILS.format(root=str(ROOT)))
     words = command(dataclasses.replace(server, output_dir=str(tmp_path)))[4:]
-    run = subprocess.run([*TORCHRUN, "2", str(script), what, *words], cwd=ROOT, timeout=120,
-                         capture_output=True, text=True)
+    run = subprocess.run([sys.executable, *TORCHRUN, "2", str(script), what, *words], cwd=ROOT,
+                         timeout=120, capture_output=True, text=True)
     assert run.returncode == 1 and f"{what.replace('a rank', 'this rank')} is gone" in run.stderr
     checkpoint = tmp_path / "colors" / "checkpoint-2"
     assert is_whole(checkpoint) if saved else not checkpoint.exists()
