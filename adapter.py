@@ -1,7 +1,7 @@
 """Images and token ids -> MultimodalBatch, for any vision-language model with a processor.
 
 The server's token ids are trained on as they are. The processor runs once per prompt for all else:
-pixels, grids, token types. Its ids must equal the server's, which proves that these fit them.
+pixels, grids, token types. Its ids must equal the server's: then its pixels fit them, too.
 `python -m support.check MODEL` shows whether a model can be trained.
 """
 import importlib
@@ -115,7 +115,7 @@ def placeholders(content: str | list[dict]) -> str | list[dict]:
 
 
 def collate(encoded: list[dict], prompt_index: Tensor, length: int) -> tuple[dict, dict]:
-    """The processor's tensors of all prompts -> (extra_model_kwargs, image_rows).
+    """The processor's tensors of all prompts -> (model inputs beside the ids, image_rows).
 
     Token-level ones, (1, prompt length), become (B, length) with 0 over completions. All others
     are concatenated along dim 0, and zero-padded in their other dims to the largest.

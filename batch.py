@@ -1,12 +1,12 @@
 """The tensors of one optimizer step: what they mean, whether they fit, and how they are cut.
 
 The names of the shapes, here and everywhere: B completions in the step, L padded length, G
-completions per prompt (the group), P prompts, V vocabulary. Row b is [prompt | completion |
-padding]. Position t of every (B, L) tensor speaks of token t of input_ids: logprobs[:, t] scores
+completions per prompt (the group), P prompts, V vocabulary; in a micro-batch b completions, with N
+tokens in the loss. A row is [prompt | completion | padding]. Position t of every (B, L) tensor speaks of token t of input_ids: logprobs[:, t] scores
 input_ids[:, t], so column 0 is 0 and masked.
 
 Where the tensors come from is the adapter's business. What may be wrong with them without an error
-anywhere later is checked here, once, when a batch is made.
+anywhere later is checked here, when a batch is made.
 """
 import copy
 import math
@@ -173,21 +173,22 @@ class MultimodalBatch:
         return turns
 
     def micro_batches(self, size: int, ranks: int = 1) -> list["MultimodalBatch"]:
-        """At most `size` completions each, prompt by prompt and alike in length.
+        """At most `size` completions each.
 
         They hold the rows that have a gradient: a token in the loss and an advantage. If no row
-        has one, a few rows are forwarded all the same, for the metrics. The size shrinks where
-        some of the ranks would get nothing.
+        has one, a few rows are forwarded all the same, for the metrics. Rows of one prompt stay
+        together, prompts with the longest rows come first, and so neighbours are alike in length.
+        The size shrinks where some of the ranks would get nothing.
         """
-        lengths = self.attention_mask.sum(1)                                     # (B,)
-        longest = torch.zeros_like(lengths).scatter_reduce(                      # (B,) by prompt
-            0, self.prompt_index, lengths, "amax")[self.prompt_index]            # (B,) by row
-        trained = self.loss_mask.any(1)
+        trained = self.loss_mask.any(1)                                          # (B,)
         rows = (trained & (self.advantages != 0)).nonzero()[:, 0].tolist()
         if not rows:
             rows = trained.nonzero()[:size, 0].tolist()
-        order = torch.stack([-longest, self.prompt_index, -lengths], 1).tolist()
-        rows.sort(key=order.__getitem__)
+        prompts, lengths = self.prompt_index.tolist(), self.attention_mask.sum(1).tolist()
+        longest = {}  # by prompt
+        for prompt, length in zip(prompts, lengths):
+            longest[prompt] = max(length, longest.get(prompt, 0))
+        rows.sort(key=lambda row: (-longest[prompts[row]], prompts[row], -lengths[row]))
         size = max(1, min(size, math.ceil(len(rows) / ranks)))
         return [self.select(rows[i:i + size]) for i in range(0, len(rows), size)]
 
@@ -214,7 +215,7 @@ class MultimodalBatch:
         """Whether forwarding each prompt once is clearly less work, padding included.
 
         The work of a token is 24 H^2 flops in a layer, H the hidden size, and 4 H for each token
-        that it attends to; a patch of an image is counted as a token.
+        that it attends to. An entry of pixel_values (a patch, in the Qwen families) counts as one.
         """
         starts, ends = self.spans()
         first_rows = self.first_rows()
@@ -229,6 +230,8 @@ class MultimodalBatch:
 
     def fork(self) -> Fork:
         """The prompts and the completions as the two forward passes of a shared prompt need them.
+
+        Every row must have a token in the loss, for a completion begins at its first one.
 
         >>> ids = torch.tensor([[7, 8, 1, 2, 3], [7, 8, 4, 0, 0], [9, 5, 6, 0, 0]])
         >>> loss_mask = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 0, 0], [0, 1, 1, 0, 0]])

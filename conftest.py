@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+sys.path.append(str(Path(__file__).parent / "tests"))  # as pytest does, for scripts that import this
 import processes
 from adapter import MultimodalAdapter
 from rollout import GenerateOutputs, Rollout

@@ -3,7 +3,7 @@
 Where it departs from the paper, and why:
 - Advantages are not divided by the standard deviation of their group unless asked for, because
   that weighs prompts by how alike their rewards are (Dr. GRPO, arXiv 2503.20783).
-- The loss is a mean over all tokens of the step. A mean per completion would favour long wrong
+- The loss is a mean over all tokens of the optimizer step. A mean per completion would favour long wrong
   answers (DAPO, arXiv 2503.14476, from which the two separate clip bounds come, too).
 - The importance ratio is taken against the logprobs that the server recorded while it sampled.
   Tokens whose ratio leaves the mask bounds are left out of the loss: there the two policies differ
@@ -74,22 +74,23 @@ def grpo_loss(logprobs: Tensor, entropies: Tensor, behavior_logprobs: Tensor, ad
               loss_mask: Tensor, num_tokens: float, *, mask_ratio_low: float,
               mask_ratio_high: float, clip_low: float,
               clip_high: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """The share of these rows in the loss of the step, and sums over their tokens for the metrics.
+    """These rows' part of the loss of the optimizer step, and sums over their tokens for metrics.
 
         r_t    = exp(logprob_t - behavior_logprob_t)
         keep_t = loss_mask_t and mask_ratio_low <= r_t <= mask_ratio_high
         loss   = -1/N sum_t keep_t min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A)
 
     All tensors are (b, L), but advantages is (b,). N is num_tokens, the number of loss-mask tokens
-    in the whole step, so that the losses of its micro-batches add up. The keyword arguments are
-    keys of the config by the same names: a new one needs a field there, and nothing else.
+    in the whole optimizer step, so that the losses of its micro-batches add up. The keyword
+    arguments are keys of the config by the same names: for a new one add a field there (and its
+    name to MAY_BE_ZERO, if it may be 0).
 
     Each entry of the second result becomes a metric, divided by its entry "tokens". kl sums
     r - 1 - log r, Schulman's k3 estimator of KL(behavior || policy).
     """
     mask = loss_mask.bool()
     log_ratio = torch.where(mask, logprobs - behavior_logprobs, 0.0)
-    log_ratio = log_ratio.clamp(-20, 20)  # beyond that fp32 loses exp(); no mask bound is so wide
+    log_ratio = log_ratio.clamp(-20, 20)  # far outside of the mask bounds, where exp() overflows
     ratio = log_ratio.exp()
     keep = mask & (ratio >= mask_ratio_low) & (ratio <= mask_ratio_high)
 

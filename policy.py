@@ -1,7 +1,7 @@
 """The model as a policy: the logprobs of sampled tokens, with each prompt forwarded once.
 
-A group of G completions shares one long prompt, most of it an image. The prompt is forwarded once,
-through the vision tower too. Its key-value cache is forked into one line per completion, and the
+A group of G completions shares one long prompt, most of it an image. The prompt is forwarded once
+for all its completions in a micro-batch, through the vision tower too. Its key-value cache is forked into one line per completion, and the
 gradients of all completions flow back through the cache and add up in the one prompt. The result
 is that of forwarding each completion with its own prompt, which is the other way here (row by row)
 and what the first is held against at start-up.
@@ -31,8 +31,9 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model, self.temperature = model, config.temperature
         self.banned = vision_token_ids(model.config)
-        # Dropout would make the trainer another policy than the one that sampled, so it is off.
-        # But Hugging Face checkpoints gradients in training mode alone, and then without a cache.
+        # Evaluation mode, because dropout would make the trainer another policy than the one that
+        # sampled. Hugging Face checkpoints gradients only in training mode, and then without a
+        # cache: with gradient_checkpointing a model whose config has dropout gets it.
         model.train(config.gradient_checkpointing)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -76,21 +77,24 @@ class Policy(torch.nn.Module):
         prompt = self.model.base_model(
             **fork.prompts, **batch.image_tensors(), position_ids=positions, use_cache=True)
         cache = prompt.past_key_values                                    # P lines
-        cache.batch_select_indices(prompt_of)                             # in place: now b lines
+        cache.batch_select_indices(prompt_of)  # changes it in place: one line per completion, b
 
-        # The last column is left out: the state of a last token is before nothing.
+        # Wanted is the state before each of the W_c tokens: the prompt's last one, and those of all
+        # tokens but the last. A single token is forwarded all the same, for no model takes none.
         W_c = fork.trained.shape[1]
-        inputs = {key: tensor[:, :max(W_c - 1, 1)] for key, tensor in fork.completions.items()}
-        steps = inputs["attention_mask"].cumsum(1)                        # (b, W_c - 1): 1, 2, ...
-        positions = positions[..., prompt_of, -1:] + steps                # ([3,] b, W_c - 1)
+        kept = max(W_c - 1, 1)
+        inputs = {key: tensor[:, :kept] for key, tensor in fork.completions.items()}
+        own_mask = inputs.pop("attention_mask")                           # (b, kept)
         prompt_mask = fork.prompts["attention_mask"][prompt_of]           # (b, W_p)
-        inputs["attention_mask"] = torch.cat([prompt_mask, inputs["attention_mask"]], 1)
+        full_mask = torch.cat([prompt_mask, own_mask], 1)                 # (b, W_p + kept)
+        last_position = positions[..., prompt_of, -1:]                    # ([3,] b, 1)
         completion = self.model.base_model(
-            **inputs, position_ids=positions, use_cache=True, past_key_values=cache)
+            **inputs, attention_mask=full_mask, position_ids=last_position + own_mask.cumsum(1),
+            use_cache=True, past_key_values=cache)
 
         before_first = prompt.last_hidden_state[prompt_of, -1:]           # (b, 1, H)
-        states = torch.cat([before_first, completion.last_hidden_state], 1)
-        return states[:, :W_c][fork.trained]
+        states = torch.cat([before_first, completion.last_hidden_state], 1)  # (b, 1 + kept, H)
+        return states[:, :W_c][fork.trained]                              # (N, H)
 
     def prompt_positions(self, batch: MultimodalBatch, prompts: dict[str, Tensor]) -> Tensor:
         """(P, W_p) positions, or (3, P, W_p) of an M-RoPE model, which counts them by itself."""
@@ -130,7 +134,7 @@ class Policy(torch.nn.Module):
 
 
 def vision_token_ids(model_config) -> list[int]:
-    """The ids that stand for images and videos, and their brackets, from the model's config.
+    """The ids that stand for images, videos and audio, and their brackets, from the config.
 
     They are banned from sampling: a model looks for the image of each placeholder.
     """
@@ -161,7 +165,7 @@ def merge_adapters(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def freeze_vision(model) -> None:
-    """Of what trains, leave the language model and its head alone."""
+    """Freeze all but the language model and its head: the vision tower and its projector."""
     language = torch.nn.ModuleList([model.get_decoder(), model.get_output_embeddings()])
     kept = set(language.parameters())
     for parameter in model.parameters():

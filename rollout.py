@@ -94,7 +94,7 @@ class GenerateOutputs:
     encoded: list = field(default_factory=list)
     finished: list[float] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)  # why some completions are missing
-    weight_version: int = 0                           # the step whose weights sampled these
+    weight_version: int = 0  # the step whose weights the server had when these began
 
     @classmethod
     def from_rollouts(cls, rollouts: list[Rollout], dropped: Sequence[str] = ()):
@@ -243,7 +243,9 @@ class Generator:
 
         ServerError if the server is lost or hangs, RuntimeError if more than max_dropped failed.
         """
-        waves = 2 + len(pending.jobs) // self.config.max_concurrent  # one more for rewards
+        # Jobs run max_concurrent at a time, and each wave may take generation_timeout. One wave
+        # more is for the reward functions.
+        waves = 2 + len(pending.jobs) // self.config.max_concurrent
         deadline = time.monotonic() + waves * self.config.generation_timeout
         rollouts, failures = [], []
         for job, result in zip(pending.jobs, pending.results, strict=True):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from support import vllm_process
+from support.config import command_line, mistakes
 from support.gloo import use_gloo
 from support.http import ServerError, call, is_healthy
 
@@ -86,7 +87,7 @@ class Server:
             if self.config.inference_args.get("enable_sleep_mode"):
                 self.call("wake_up")
             engine = self.engine or self.meet(source)
-            self.engine = None  # after an error below, both sides meet anew
+            self.engine = None  # and so it stays if anything below fails: both sides then meet anew
             self.call("pause?mode=keep")
             engine.send_weights()
             self.call("update_weight_version", {"new_version": str(source.version)})
@@ -103,7 +104,10 @@ class Server:
                 f"weights {source.version} did not reach {self.url}: {error}") from error
 
     def meet(self, source: "CheckpointSource"):
-        """The trainer's side of a new group with the workers, whoever's group they are in now."""
+        """Form a new group with the server's workers; the trainer's side of it, bound to source.
+
+        Whoever's group the workers are in now, they leave it.
+        """
         from vllm.distributed.weight_transfer import ipc_engine, nccl_engine
         self.leave_old_group()
         ends = {"client": make_client(self.url, self.config.vllm_server_timeout),
@@ -128,7 +132,8 @@ class Server:
             self.call("shutdown_weight_transfer_engine")
         except RuntimeError:
             with contextlib.suppress(RuntimeError):
-                self.call("update_weights", {"update_info": {}})  # cannot be read, and so ends it
+                # An update that cannot be read makes the workers give up the unfinished one.
+                self.call("update_weights", {"update_info": {}})
             self.call("shutdown_weight_transfer_engine")
 
     def own_address(self) -> str:
@@ -191,7 +196,6 @@ class CheckpointSource:
 
 def main() -> None:
     """Run the server alone until it ends, or Ctrl-C."""
-    from support.config import command_line, mistakes
     with mistakes(), Server(command_line("sync.py")) as server:
         if server.process is None:
             raise ValueError(f"a server is up at {server.url} already")

@@ -24,9 +24,10 @@ from adapter import MultimodalAdapter, load_adapter
 from batch import MultimodalBatch
 from loss import group_advantages, grpo_loss
 from policy import Policy
-from rollout import GenerateOutputs, Generator, ServerError, load_environment
+from rollout import GenerateOutputs, Generator, load_environment
 from support import check, checkpoint
 from support.config import MultimodalRLConfig, command_line, mistakes
+from support.http import ServerError
 from support.loading import load_model
 from support.ranks import add_up, become_torchrun, join_ranks, on_lead
 from support.records import Records
@@ -143,12 +144,7 @@ class MultimodalGRPOTrainer:
         def attempt():
             for attempts_left in reversed(range(ATTEMPTS)):
                 try:
-                    if self.server_is_lost:
-                        self.restore_server()
-                    if self.config.sync_to_vllm_every and self.server.version is None:
-                        self.server.send(self.source)
-                    if self.generator is None:
-                        self.generator = self.make_generator()
+                    self.ensure_server()
                     return action()
                 except ServerError as error:
                     self.server_is_lost = True
@@ -158,16 +154,21 @@ class MultimodalGRPOTrainer:
 
         return on_lead(attempt)
 
-    def restore_server(self) -> None:
-        self.ahead.clear()  # the rollouts that were under way are lost, too
-        self.server.restore()
-        self.server_is_lost = False
-        if self.world == 1:
-            self.gather_weights()  # they have changed since the last sync, if that is not each step
-
-    def make_generator(self) -> Generator:
-        encode = self.adapter.encode if self.adapter.processor else None
-        return Generator(self.environment, self.config, self.policy.banned, encode)
+    def ensure_server(self) -> None:
+        """A server that answers, has our weights, and is asked by a generator; on rank 0."""
+        if self.server_is_lost:
+            self.ahead.clear()  # the rollouts that were under way are lost, too
+            self.server.restore()
+            self.server_is_lost = False
+            if self.world == 1:
+                self.gather_weights()
+            # With several ranks all of them would have to gather, and only rank 0 is here: then
+            # the weights of the last sync are sent again.
+        if self.config.sync_to_vllm_every and self.server.version is None:
+            self.server.send(self.source)
+        if self.generator is None:
+            encode = self.adapter.encode if self.adapter.processor else None
+            self.generator = Generator(self.environment, self.config, self.policy.banned, encode)
 
     # ---- act 2: update
 
@@ -232,8 +233,10 @@ class MultimodalGRPOTrainer:
         Returns the loss, and of each metric of grpo_loss the mean over the forwarded tokens.
         """
         options = self.config.loss_options()
-        none = torch.zeros(1, 1)  # a row without a token: each metric is there, if nothing else is
-        _, token_sums = grpo_loss(none, none, none, none[0], none, num_tokens=0, **options)
+        # The loss of one row without a token tells the names of its metrics, so that each of them
+        # is there, as 0, also in a step in which nothing is forwarded.
+        empty = torch.zeros(1, 1)
+        _, token_sums = grpo_loss(empty, empty, empty, empty[0], empty, num_tokens=0, **options)
         sums = dict.fromkeys(["loss", *token_sums], 0.0)
         for turn, share in zip(turns, shares):
             if self.rank < len(turn):
@@ -273,22 +276,22 @@ class MultimodalGRPOTrainer:
     def rollout_metrics(self, batch: MultimodalBatch,
                         outputs: GenerateOutputs) -> dict[str, float]:
         """What the completions of the step were like, whatever is done with them."""
-        groups, lengths = torch.tensor(outputs.example_id), batch.loss_mask.sum(1).float()
+        groups = torch.tensor(outputs.example_id)
+        lengths = [float(len(ids)) for ids in outputs.completion_ids]
         trained_groups = len(groups[batch.advantages != 0].unique())
         return {**outputs.means("reward/"), "tokens": batch.loss_mask.sum().item(),
                 "reward_std": batch.rewards.std(correction=0).item(),
                 "zero_advantage_groups": 1 - trained_groups / len(groups.unique()),
-                "completion_length": lengths.mean().item(),
-                "completion_length_max": lengths.max().item(), "dropped": len(outputs.dropped),
+                "completion_length": statistics.mean(lengths),
+                "completion_length_max": max(lengths), "dropped": len(outputs.dropped),
                 "truncated_fraction": outputs.finish_reason.count("length") / len(outputs)}
 
     def check_first(self, batch: MultimodalBatch) -> None:
         """Of a few completions: is sharing prompts exact, does the server compute this policy?"""
         self.checked = True
-        rows = batch.loss_mask.any(1).nonzero()[:, 0]
-        first = torch.linspace(0, max(0, len(rows) - 2), 2).long()  # and each one's neighbour
-        places = torch.cat([first, first + 1]).clamp(max=len(rows) - 1).unique()
-        micro = batch.select(rows[places[:self.config.micro_batch_size]]).to(self.device)
+        rows = batch.loss_mask.any(1).nonzero()[:, 0].tolist()
+        ends = sorted({*rows[:2], *rows[-2:]})  # of the first prompt and of the last
+        micro = batch.select(ends[:self.config.micro_batch_size]).to(self.device)
         check.sharing(self.policy, micro)
         has_our_weights = on_lead(lambda: self.server.version is not None)
         check.server(self.policy, micro, must_agree=has_our_weights)
@@ -314,7 +317,7 @@ class MultimodalGRPOTrainer:
         try:
             self.server.send(self.source)
         except ServerError as error:
-            tqdm.write(f"{error}; restoring the server")
+            tqdm.write(f"{error}; it is restored before the next rollouts")
             self.server_is_lost = True
 
     # ---- act 4: log, and what is kept of a run
@@ -339,9 +342,9 @@ class MultimodalGRPOTrainer:
     def save(self) -> None:
         """Write run_dir/checkpoint-STEP, for from_pretrained and vLLM too; whole or not at all."""
         if self.saved_step < self.step:
-            self.saved_step = self.step
             checkpoint.save(self.config.run_dir, self.step, self.policy, self.optimizer,
                             self.adapter.processor or self.tokenizer, self.config.keep_checkpoints)
+            self.saved_step = self.step
 
     def resume(self) -> None:
         """Load what config.resume asks for; ValueError if it is damaged or of another model."""
@@ -353,8 +356,11 @@ class MultimodalGRPOTrainer:
                 self.past_metrics = metrics
 
     def stop(self, number: int = signal.SIGTERM, _frame=None) -> None:
-        """End train() after the step at hand, with a checkpoint; the second time: exit at once."""
-        if self.stopping and self.world == 1:  # torchrun sends a second one by itself
+        """End train() after the step at hand, with a checkpoint; the second time: exit at once.
+
+        With several ranks the second signal changes nothing, for torchrun sends one by itself.
+        """
+        if self.stopping and self.world == 1:
             sys.exit(128 + number)
         self.stopping = number
         self.server.patience = 0  # nor wait for a server any longer
@@ -367,7 +373,7 @@ def served(config: MultimodalRLConfig):
         become_torchrun(config.trainer_gpus)
     rank, _ = join_ranks()
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # every rank finds the same
+        sys.stdout = open(os.devnull, "w")  # rank 0 prints for all
     model, processor = load_model(config)
     adapter = load_adapter(config.adapter, processor)
     trainer = MultimodalGRPOTrainer(model, processor.tokenizer, adapter, config)
