@@ -63,12 +63,12 @@ def python(folder: Path):
         nursery.wait()
 
 
-def kill(process: subprocess.Popen) -> None:
-    """SIGKILL, at once, to the real process of a command; the command ends as soon as it has."""
+def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
+    """A signal, at once, to the real process of a command, which ends as soon as that has ended."""
     if process.poll() is None:
         name = Path(f"/proc/{process.pid}/comm").read_text().strip()
         with contextlib.suppress(ProcessLookupError):  # it has just ended
-            os.kill(int(name) if name.isdigit() else process.pid, signal.SIGKILL)
+            os.kill(int(name) if name.isdigit() else process.pid, number)
 
 
 # ---- in the command

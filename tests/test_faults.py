@@ -164,7 +164,7 @@ def test_sigterm_finishes_the_step_and_saves_and_a_second_one_stops_at_once(serv
         with running(command(config, run_name=f"run{count}", max_steps=10_000)) as run:
             wait_for_lines(path, 2, run)
             for _ in range(count):
-                run.send_signal(signal.SIGTERM)
+                processes.kill(run, signal.SIGTERM)
                 time.sleep(0.1)
             assert run.wait(60) == code
         steps = path.read_text().count("\n")
