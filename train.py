@@ -28,6 +28,7 @@ from rollout import GenerateOutputs, Generator, ServerError, load_environment
 from support import check, checkpoint
 from support.config import MultimodalRLConfig, command_line, mistakes
 from support.loading import load_model
+from support.prompts import reserved_strings
 from support.ranks import add_up, become_torchrun, join_ranks, on_lead
 from support.records import Records
 from sync import CheckpointSource, Server
@@ -46,6 +47,7 @@ class MultimodalGRPOTrainer:
     def __init__(self, model, tokenizer, adapter: MultimodalAdapter, config: MultimodalRLConfig):
         self.model, self.tokenizer, self.adapter, self.config = model, tokenizer, adapter, config
         self.rank, self.world = join_ranks()
+        adapter.server_args = config.inference_args  # they change how a prompt is read
         self.environment = None
         if config.env_id:
             self.environment = load_environment(config.env_id, config.env_args)
@@ -167,7 +169,8 @@ class MultimodalGRPOTrainer:
 
     def make_generator(self) -> Generator:
         encode = self.adapter.encode if self.adapter.processor else None
-        return Generator(self.environment, self.config, self.policy.banned, encode)
+        reserved = reserved_strings(self.tokenizer, self.policy.banned, self.adapter.processor)
+        return Generator(self.environment, self.config, self.policy.banned, encode, reserved)
 
     # ---- act 2: update
 
@@ -197,7 +200,7 @@ class MultimodalGRPOTrainer:
         if self.config.mask_truncated:
             truncated = [reason == "length" for reason in outputs.finish_reason]
             batch.loss_mask[torch.tensor(truncated)] = 0
-        batch.advantages = group_advantages(batch.rewards, torch.tensor(outputs.example_id),
+        batch.advantages = group_advantages(batch.rewards, torch.tensor(outputs.groups()),
                                             self.config.divide_by_std)
         return batch
 
@@ -273,7 +276,7 @@ class MultimodalGRPOTrainer:
     def rollout_metrics(self, batch: MultimodalBatch,
                         outputs: GenerateOutputs) -> dict[str, float]:
         """What the completions of the step were like, whatever is done with them."""
-        groups, lengths = torch.tensor(outputs.example_id), batch.loss_mask.sum(1).float()
+        groups, lengths = torch.tensor(outputs.groups()), batch.loss_mask.sum(1).float()
         trained_groups = len(groups[batch.advantages != 0].unique())
         return {**outputs.means("reward/"), "tokens": batch.loss_mask.sum().item(),
                 "reward_std": batch.rewards.std(correction=0).item(),
