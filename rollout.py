@@ -98,6 +98,9 @@ class GenerateOutputs:
     dropped: list[str] = field(default_factory=list)  # why some completions are missing
     weight_version: int = 0                           # the step whose weights sampled these
 
+    def __post_init__(self):
+        self.reward = [reward_number(reward) for reward in self.reward]
+
     @classmethod
     def from_rollouts(cls, rollouts: list[Rollout], dropped: Sequence[str] = ()):
         """At least one rollout; all of them scored by the same reward functions."""
@@ -124,6 +127,13 @@ class GenerateOutputs:
 
     def __len__(self) -> int:
         return len(self.completion_ids)
+
+
+def reward_number(reward) -> float:
+    """A reward that was given as {"reward": x} is x."""
+    if isinstance(reward, dict):
+        return reward["reward"]
+    return reward
 
 
 def load_environment(env_id: str, args: dict) -> Environment:
@@ -305,7 +315,8 @@ class Generator:
         scores = {}
         try:
             for reward in self.environment.rewards:
-                scores[reward.__name__] = reward(text, shared["answer"], **shared["info"])
+                scores[reward.__name__] = reward_number(
+                    reward(text, shared["answer"], **shared["info"]))
             if not all(math.isfinite(score) for score in scores.values()):
                 raise ValueError(f"rewards must be finite numbers, not {scores}")
         except Exception as error:  # reward functions, too, can fail in any way
