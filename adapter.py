@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from batch import MultimodalBatch
 from rollout import GenerateOutputs
-from support.prompts import clean_prompt, prompt_options, reserved_strings, server_template
+from support.prompts import (clean_prompt, processor_options, reserved_strings, server_template,
+                             template_options)
 
 
 class MultimodalAdapter:
@@ -81,14 +82,13 @@ class MultimodalAdapter:
         # Of the template's two places vLLM, too, takes the tokenizer's where the first has none.
         template = (server_template(self.server_args) or self.processor.chat_template
                     or self.tokenizer.get_chat_template())
-        options = prompt_options(self.server_args)
         text = self.processor.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=True,
-            **options.get("chat_template_kwargs", {}))
+            **template_options(self.server_args))
         # With a nested list of images, or special tokens added, some families misread the images
         # or begin with a token that the server does not have.
         encoded = self.processor(text=[text], images=images or None, add_special_tokens=False,
-                                 return_tensors="pt", **options.get("mm_processor_kwargs", {}))
+                                 return_tensors="pt", **processor_options(self.server_args))
         tensors = {key: tensor for key, tensor in encoded.items() if tensor is not None}
         for key, tensor in tensors.items():
             if tensor.is_floating_point():  # one family's are bfloat16

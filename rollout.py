@@ -21,7 +21,7 @@ from PIL import Image
 
 from support.http import ServerError, call
 from support.images import load_image, png_data_uri
-from support.prompts import clean_prompt, prompt_options, row_prompt
+from support.prompts import clean_prompt, row_prompt, template_options
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class Generator:
                          "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
                          "max_tokens": config.max_tokens, "return_token_ids": True,
                          "logprobs": True, "logit_bias": {str(i): -100 for i in banned},
-                         **prompt_options(config.inference_args)}
+                         "chat_template_kwargs": template_options(config.inference_args)}
 
     def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
         return call(f"{self.url}/{route}", body, method, timeout=self.config.generation_timeout)

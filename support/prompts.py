@@ -189,24 +189,23 @@ def reserved_strings(tokenizer, token_ids: Sequence[int] = (), processor=None) -
     return sorted(found - {None, ""})
 
 
-def prompt_options(server_args: Mapping) -> dict[str, dict]:
-    """What of [inference.args] changes how a prompt is read; it goes into every request, too.
-
-    mm_processor_kwargs are the processor's, pixel limits for example; chat_template_kwargs the
-    chat template's, as enable_thinking. The server and the trainer's processor need the same.
-    """
-    flags = {key.replace("-", "_"): value for key, value in server_args.items()}
-    options = {"mm_processor_kwargs": as_table(flags.get("mm_processor_kwargs")),
-               "chat_template_kwargs": as_table(flags.get("default_chat_template_kwargs"))
-               | as_table(flags.get("chat_template_kwargs"))}
-    return {key: table for key, table in options.items() if table}
+def processor_options(server_args: Mapping) -> dict:
+    """The server's mm_processor_kwargs, pixel limits for example: the trainer's processor's, too."""
+    return as_table(server_args, "mm_processor_kwargs")
 
 
-def as_table(value: Mapping | str | None) -> dict:
-    """A flag's table; it may be written as JSON, as on vLLM's command line."""
-    if isinstance(value, str):
-        value = json.loads(value)
-    return dict(value or {})
+def template_options(server_args: Mapping) -> dict:
+    """What the chat template is told, enable_thinking for example; every request says it, too."""
+    return (as_table(server_args, "default_chat_template_kwargs")
+            | as_table(server_args, "chat_template_kwargs"))
+
+
+def as_table(server_args: Mapping, name: str) -> dict:
+    """A flag's table; flag and table may be written as on vLLM's command line, as JSON."""
+    table = server_args.get(name, server_args.get(name.replace("_", "-")))
+    if isinstance(table, str):
+        table = json.loads(table)
+    return dict(table or {})
 
 
 def server_template(server_args: Mapping) -> str | None:

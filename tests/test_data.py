@@ -20,7 +20,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from adapter import MultimodalAdapter
 from batch import MultimodalBatch
-from conftest import ROOT, TINY, canned, gradients, make_trainer, noise, relative_difference
+from conftest import (ROOT, TINY, canned, free_port, gradients, make_trainer, noise,
+                      relative_difference)
 from loss import group_advantages, grpo_loss, token_logprobs
 from policy import Policy
 from rollout import Environment, GenerateOutputs, Generator, Job, render_prompt
@@ -29,6 +30,7 @@ from support.config import MultimodalRLConfig
 from support.images import check_public, load_image
 from support.prompts import clean_prompt, row_prompt
 from support.vllm_process import server_command
+from sync import Server
 
 
 def png(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -235,7 +237,8 @@ def test_rows_that_cannot_be_are_dropped_by_name_and_the_others_trained_exactly(
     outputs = trainer.generator.collect(trainer.generator.submit(jobs))
     assert outputs.example_id == [0, 0, 1, 1]
     assert outputs.prompt_ids[0] == outputs.prompt_ids[2]
-    assert outputs.completion_logprobs[:2] == pytest.approx(outputs.completion_logprobs[2:], abs=1e-5)
+    for one, other in zip(outputs.completion_logprobs[:2], outputs.completion_logprobs[2:]):
+        assert one == pytest.approx(other, abs=1e-5)
     for i, reason in ((2, "quotes"), (3, "quotes"), (4, "shows 0")):
         assert sum(f"example {i}: " in line and reason in line for line in outputs.dropped) == 2
     batch = trainer.build_batch(outputs)
@@ -248,15 +251,35 @@ def test_rows_that_cannot_be_are_dropped_by_name_and_the_others_trained_exactly(
 
 # ---- what the server is told about prompts reaches the trainer's processor
 
-def test_pixel_limits_reach_server_and_trainer_alike(server):
-    options = {"max_pixels": 28 * 28 * 4}
-    for flags in ({"mm_processor_kwargs": options},
-                  {"mm-processor-kwargs": '{"max_pixels": 3136}'}):
-        rows = [{"prompt": user({"type": "image", "image": noise(112, 112)}, TEXT)}]
-        trainer = trainer_on(server, rows, inference_args={**server.inference_args, **flags})
+@pytest.mark.parametrize("flags", [{"mm_processor_kwargs": {"max_pixels": 56 * 56}},
+                                   {"mm-processor-kwargs": '{"max_pixels": 3136}'}])
+def test_pixel_limits_reach_the_processor_and_the_server_is_told_the_same(flags):
+    trainer = make_trainer(inference_args=flags)
+    image = noise(112, 112)
+    encoded = trainer.adapter.encode(user({"type": "image", "image": image}, TEXT), [image])
+    assert encoded["image_grid_thw"].tolist() == [[1, 4, 4]]  # 8 by 8 without the limit
+    command = server_command(trainer.config)
+    at = command.index("--mm-processor-kwargs")
+    assert json.loads(command[at + 1]) == {"max_pixels": 3136}
+
+
+@pytest.mark.slow
+def test_server_and_processor_agree_about_pixel_limits_and_template_options(server, tmp_path):
+    """The template of the tiny model ends with a word more if it is told not to think."""
+    template = (ROOT / "models/tiny-qwen2-vl/chat_template.jinja").read_text()
+    (tmp_path / "chat.jinja").write_text(
+        template + "{% if enable_thinking is defined and not enable_thinking %}red{% endif %}")
+    flags = {"mm_processor_kwargs": {"max_pixels": 28 * 28 * 4},
+             "chat_template_kwargs": {"enable_thinking": False},
+             "chat_template": str(tmp_path / "chat.jinja")}
+    config = dataclasses.replace(server, vllm_server_port=free_port(), output_dir=str(tmp_path),
+                                 inference_args={**server.inference_args, **flags})
+    rows = [{"prompt": user({"type": "image", "image": noise(112, 112)}, TEXT)}]
+    with Server(config):
+        trainer = trainer_on(config, rows)
         outputs = trainer.generator.collect(trainer.generator.submit([Job(rows, 0, 2, 0)]))
-        image_token = trainer.model.config.image_token_id
-        assert outputs.prompt_ids[0].count(image_token) == 4  # 16 without the limit
+        assert outputs.prompt_ids[0].count(trainer.model.config.image_token_id) == 4
+        assert trainer.tokenizer.decode(outputs.prompt_ids[0]).endswith("assistant\nred")
         batch = trainer.build_batch(outputs)
         assert check.server(trainer.policy, batch, must_agree=True)["max"] < 1e-5
 
@@ -274,7 +297,7 @@ def test_template_options_reach_request_and_processor(monkeypatch, flags, wanted
     encoded = trainer.adapter.encode([{"role": "user", "content": "hi"}], [])
     assert trainer.tokenizer.decode(encoded["input_ids"][0]) == wanted
     monkeypatch.setattr(Generator, "call", lambda *_, **__: {"data": [{"id": "m"}]})
-    asked = Generator(None, trainer.config).sampling.get("chat_template_kwargs", {})
+    asked = Generator(None, trainer.config).sampling["chat_template_kwargs"]
     assert asked == ({"enable_thinking": False} if flags else {})
     assert "--chat-template-kwargs" not in server_command(trainer.config)
 
