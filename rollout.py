@@ -7,7 +7,6 @@ as they were sampled: nothing is tokenised again.
 import atexit
 import functools
 import importlib.util
-import math
 import random
 import sys
 import time
@@ -19,8 +18,12 @@ from pathlib import Path
 import requests
 from PIL import Image
 
-from support.http import ServerError, call
+from support.http import Refusal, ServerError, call
 from support.images import load_image, png_data_uri
+from support.rewards import Task, number
+from support.text import plain
+
+EXPLODED = "the server's logprobs are not finite"
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,18 @@ class Environment:
     """What the policy is trained on; `load_environment(**args)` of an env module returns one.
 
     A row is {"prompt": chat messages, "answer": str, "info": dict (optional)}; other keys reach
-    adapters through `state`. Images are message parts {"type": "image", "image": SOURCE} or
+    adapters through `state`, and so does "message", the server's structured answer. Images are message parts {"type": "image", "image": SOURCE} or
     {"type": "image_url", "image_url": {"url": SOURCE}}, SOURCE as in support.images.load_image. A
     completion's reward is the weighted sum of the f(completion, answer, **info), which are called
-    from any thread.
+    from any thread, and awaited if they are async. completion is the text of exactly the sampled
+    ids, whatever the server's parsers make of them: special tokens stand in it (unless
+    skip_special_tokens), but for the end-of-turn token.
     """
     train: Sequence[dict]
     eval: Sequence[dict]
     rewards: Sequence[Callable[..., float]]
     weights: Sequence[float] | None = None  # 1 each
+    skip_special_tokens: bool = False       # in the text that rewards are given
 
     def __post_init__(self):
         names = {getattr(reward, "__name__", None) for reward in self.rewards} - {None}
@@ -51,7 +57,8 @@ class Rollout:
     prompt: list[dict]
     completion: str
     answer: str
-    state: dict                       # the row, and "image_url": its first image as a data URI
+    state: dict                       # the row; "image_url": its first image as a data URI;
+                                      # "message": the completion as the server parsed it
     info: dict
     example_id: int                   # the group: all completions of one prompt share it
     reward: float
@@ -69,10 +76,16 @@ class Rollout:
 class Failure:
     """A completion that there is none of, and why."""
     example_id: int
-    error: Exception
+    error: BaseException
+
+    def __post_init__(self):
+        # What a stranger's exception says is printed, also as a traceback.
+        self.error.args = tuple(plain(arg) if isinstance(arg, str) else arg
+                                for arg in self.error.args)
 
     def __str__(self) -> str:
-        return f"example {self.example_id}: {type(self.error).__name__}: {self.error}"
+        said = plain(str(self.error)) or "without a word"
+        return f"example {self.example_id}: {type(self.error).__name__}: {said}"
 
 
 @dataclass
@@ -95,6 +108,7 @@ class GenerateOutputs:
     finished: list[float] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)  # why some completions are missing
     weight_version: int = 0                           # the step whose weights sampled these
+    weight_owner: str = ""                            # the trainer that had sent them
 
     @classmethod
     def from_rollouts(cls, rollouts: list[Rollout], dropped: Sequence[str] = ()):
@@ -104,6 +118,11 @@ class GenerateOutputs:
         columns["metrics"] = {name: [rollout.metrics[name] for rollout in rollouts]
                               for name in rollouts[0].metrics}
         return cls(**columns, dropped=list(dropped))
+
+    @property
+    def exploded(self) -> bool:
+        """Whether some completions are missing because their logprobs were not finite."""
+        return any(EXPLODED in reason for reason in self.dropped)
 
     def means(self, prefix: str = "") -> dict[str, float]:
         """Of the reward, and of each reward function, whose names get the prefix."""
@@ -128,7 +147,7 @@ def load_environment(env_id: str, args: dict) -> Environment:
                              f"not {environment!r:.99}")
         return environment
     except (TypeError, ValueError) as error:
-        raise ValueError(f"environment {env_id!r}: {error}") from error
+        raise ValueError(f"environment {env_id!r}: {plain(str(error))}") from error
 
 
 def find_loader(env_id: str) -> Callable[..., Environment]:
@@ -184,7 +203,14 @@ class Job:
 class Pending:
     """Jobs that are under way."""
     jobs: list[Job]
-    results: list[AsyncResult]  # of each: a list of Rollouts and Failures
+    results: list[AsyncResult]  # of each: a Scoring
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The completions of a job, which were sampled, while rewards are computed for them."""
+    task: Task
+    group: list[Rollout | Failure]  # so far
 
 
 @functools.lru_cache(maxsize=2)
@@ -199,21 +225,25 @@ class Generator:
     """Rolls out an environment's prompts on a vLLM OpenAI server, one request per prompt.
 
     config: MultimodalRLConfig; banned: token ids never sampled; encode(prompt, images) is called
-    once per prompt, while others are still being sampled.
+    once per prompt, while others are still being sampled. decode(ids, skip_special_tokens=...) is
+    that of a tokenizer; without it the server is asked for the text.
     """
 
     def __init__(self, environment: Environment, config, banned: list[int] = (),
-                 encode: Callable | None = None):
+                 encode: Callable | None = None, decode: Callable | None = None):
         self.environment, self.config, self.encode = environment, config, encode
+        self.decode = decode or self.ask_for_text
         self.url = config.url
         self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
         atexit.register(self.pool.terminate)
         model = self.call("v1/models", method="get")["data"][0]["id"]
         # The sampling distribution must be the softmax that the trainer differentiates. By itself
-        # the server applies the model's generation_config.json (top_k=1 in Qwen2-VL's).
+        # the server applies the model's generation_config.json (top_k=1 in Qwen2-VL's), and what
+        # its own flags say: so all that it knows is set here.
         self.sampling = {"model": model, "temperature": config.temperature, "top_p": 1.0,
                          "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
-                         "max_tokens": config.max_tokens, "return_token_ids": True,
+                         "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0,
+                         "watermarking": False, "max_tokens": config.max_tokens, "return_token_ids": True,
                          "logprobs": True, "logit_bias": {str(i): -100 for i in banned}}
 
     def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
@@ -243,16 +273,9 @@ class Generator:
 
         ServerError if the server is lost or hangs, RuntimeError if more than max_dropped failed.
         """
-        waves = 2 + len(pending.jobs) // self.config.max_concurrent  # one more for rewards
-        deadline = time.monotonic() + waves * self.config.generation_timeout
         rollouts, failures = [], []
         for job, result in zip(pending.jobs, pending.results, strict=True):
-            try:
-                group = result.get(max(0, deadline - time.monotonic()))
-            except ServerError:
-                raise
-            except Exception as error:  # rows and images of an environment fail in any way
-                group = [Failure(job.index, error)] * job.n
+            group = self.finish(job, result)
             rollouts += [entry for entry in group if isinstance(entry, Rollout)]
             failures += [entry for entry in group if isinstance(entry, Failure)]
         if any(isinstance(failure.error, requests.Timeout) for failure in failures):
@@ -272,38 +295,88 @@ class Generator:
         except requests.Timeout as error:
             raise ServerError(f"{self.url} hangs: {error}") from error
 
-    def group(self, job: Job) -> list[Rollout | Failure]:
-        """All completions of one prompt."""
-        row = job.rows[job.index]
-        messages, images = render_prompt(row["prompt"])
-        # Sample i of a request gets its seed + i: neighbouring requests are n apart, none overlap.
-        reply = self.call("v1/chat/completions", {
-            **self.sampling, "messages": messages, "n": job.n,
-            "seed": (self.config.seed << 40) + job.seed})
-        encoded = None
-        if self.encode:
-            encoded = self.encode(row["prompt"], images)
+    def finish(self, job: Job, result: AsyncResult) -> list[Rollout | Failure]:
+        """What became of each completion of a job. Rewards that hang are waited for no longer than
+        generation_timeout after the completions were sampled."""
+        group, seconds = [], self.config.generation_timeout
+        error = ValueError(f"the server did not return {job.n} completions")
+        try:
+            scoring = result.get()
+            if not scoring.task.is_done(seconds):
+                error = TimeoutError(f"no reward in {seconds:g} s (see generation_timeout)")
+            group = list(scoring.group)
+        except ServerError:
+            raise
+        except Exception as raised:  # rows and images of an environment fail in any way
+            error = raised
+        return group + [Failure(job.index, error)] * (job.n - len(group))
+
+    def group(self, job: Job) -> Scoring:
+        """Sample all completions of one prompt, and begin to score them.
+
+        What others wrote (rows, rewards) runs in threads of its own: if it hangs, the pool does not
+        shrink.
+        """
+        reading = Task(lambda: self.read(job))
+        seconds = self.config.generation_timeout
+        if not reading.is_done(seconds):
+            raise TimeoutError(f"no row in {seconds:g} s (see generation_timeout)")
+        row, messages, images = reading.value
+        reply, group = self.sample(job, messages), []
         shared = {"prompt": row["prompt"], "answer": row.get("answer", ""),
                   "example_id": job.index, "info": row.get("info") or {},
                   "state": {"image_url": first_image_url(messages), **row}, "images": images,
-                  "prompt_ids": reply["prompt_token_ids"], "encoded": encoded}
-        return [self.score(choice, shared) for choice in reply["choices"]]
+                  "prompt_ids": reply["prompt_token_ids"]}
+        return Scoring(Task(lambda: self.score_group(reply, shared, group)), group)
+
+    def read(self, job: Job) -> tuple[dict, list[dict], list[Image.Image]]:
+        """The row, its prompt in OpenAI form, and the images of it."""
+        row = job.rows[job.index]
+        return row, *render_prompt(row["prompt"])
+
+    def sample(self, job: Job, messages: list[dict]) -> dict:
+        """The server's reply to the request for all completions of a job."""
+        # Sample i of a request gets its seed + i: neighbouring requests are n apart, none overlap.
+        try:
+            return self.call("v1/chat/completions", {
+                **self.sampling, "messages": messages, "n": job.n,
+                "seed": (self.config.seed << 40) + job.seed})
+        except Refusal as error:
+            if "Out of range float values" in str(error):  # NaN cannot be written in JSON
+                raise ValueError(f"{EXPLODED}: the weights that it has have exploded, lower "
+                                 "learning_rate") from error
+            raise
+
+    def ask_for_text(self, ids: list[int], skip_special_tokens: bool) -> str:
+        """The text of the ids by the server's tokenizer, special tokens included."""
+        return self.call("detokenize", {"model": self.sampling["model"], "tokens": ids})["prompt"]
+
+    def score_group(self, reply: dict, shared: dict, group: list) -> None:
+        """Add each completion of the reply to the group, with its reward."""
+        shared["encoded"] = None
+        if self.encode:
+            shared["encoded"] = self.encode(shared["prompt"], shared["images"])
+        for choice in reply["choices"]:
+            group.append(self.score(choice, shared))
 
     def score(self, choice: dict, shared: dict) -> Rollout | Failure:
         """One completion with its reward, or what a reward function raised."""
-        text = choice["message"]["content"] or ""
-        scores = {}
+        ids = choice["token_ids"]
+        said = ids if choice["finish_reason"] == "length" else ids[:-1]  # else a stop token ends it
+        weights = self.environment.weights or [1.0] * len(self.environment.rewards)
+        scores, total = {}, 0.0
         try:
-            for reward in self.environment.rewards:
-                scores[reward.__name__] = reward(text, shared["answer"], **shared["info"])
-            if not all(math.isfinite(score) for score in scores.values()):
-                raise ValueError(f"rewards must be finite numbers, not {scores}")
-        except Exception as error:  # reward functions, too, can fail in any way
+            text = self.decode(said, skip_special_tokens=self.environment.skip_special_tokens)
+            for reward, weight in zip(self.environment.rewards, weights, strict=True):
+                score = number(reward(text, shared["answer"], **shared["info"]))
+                scores[reward.__name__] = score
+                total += weight * score
+            total = number(total)
+        except BaseException as error:  # reward functions, too, can fail in any way
             return Failure(shared["example_id"], error)
-        weights = self.environment.weights or [1.0] * len(scores)
-        total = sum(w * x for w, x in zip(weights, scores.values(), strict=True))
+        state = {"message": choice["message"], **shared["state"]}
         return Rollout(
-            completion=text, completion_ids=choice["token_ids"],
+            completion=text, completion_ids=ids, reward=total, metrics=scores,
             completion_logprobs=[token["logprob"] for token in choice["logprobs"]["content"]],
             finish_reason=choice["finish_reason"], finished=time.perf_counter(),
-            reward=float(total), metrics={name: float(x) for name, x in scores.items()}, **shared)
+            **{**shared, "state": state})

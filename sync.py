@@ -3,7 +3,9 @@
 `python sync.py @ config.toml` runs the server alone, as vf-vllm does for verifiers. Weights travel
 by vLLM's own RL API and engines: NCCL between GPUs, CUDA IPC within one, and on a CPU the NCCL
 engine over gloo. The RL routes let a caller run code: a server that is started here listens on
-127.0.0.1 unless told otherwise.
+127.0.0.1 unless told otherwise, and asks for the secret of support/secret.py.
+
+The server says whose weights it has (support/owner.py): another trainer's are never trained on.
 """
 import contextlib
 import re
@@ -16,16 +18,21 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from support import vllm_process
+from support import other_server, secret, vllm_process
 from support.gloo import use_gloo
-from support.http import ServerError, call, is_healthy
+from support.http import Refusal, ServerError, call, is_healthy
+from support.owner import Owner, other_owner
+from support.text import plain
+
+STARTS = 3  # attempts at bringing a lost server back
 
 
 class Server:
     """A config's vLLM server: the one that is up, else, inside of `with`, a process of ours.
 
     Ours only on this machine; its output goes to output_dir/run_name-vllm.log. ValueError if it
-    cannot start, TimeoutError if nothing answers in vllm_server_timeout seconds.
+    cannot start, is none for this run or is another trainer's; TimeoutError if nothing answers in
+    vllm_server_timeout seconds.
     """
 
     def __init__(self, config):
@@ -35,11 +42,16 @@ class Server:
         self.process = None
         self.engine = None   # the trainer's side of the weight transfer
         self.version = None  # the weights that it has; None: other ones than ours
+        self.owner = None    # how it knows us; None: it does not yet
 
     def __enter__(self) -> "Server":
         self.ours = self.config.local and not is_healthy(self.url)
         try:
-            self.restore()
+            if self.ours:
+                vllm_process.check_port(self.config)
+            self.start()
+            if not self.ours:
+                self.claim()
             return self
         except BaseException:
             self.stop()
@@ -49,9 +61,19 @@ class Server:
         self.stop()
 
     def restore(self) -> None:
+        """Bring a lost server back. One that is slow, or does not start, is tried again."""
+        for attempts_left in reversed(range(STARTS)):
+            try:
+                self.start()
+                break
+            except (OSError, ValueError) as error:
+                if not attempts_left or not self.patience:
+                    raise
+                print(f"{error}; trying again", flush=True)
+
+    def start(self) -> None:
         """Start our own process (anew), or wait until somebody else's answers (again)."""
         self.stop()
-        self.engine = self.version = None
         if self.ours:
             self.process = vllm_process.start(self.config, self.log)
         start = time.monotonic()
@@ -68,9 +90,58 @@ class Server:
             time.sleep(1)
 
     def stop(self) -> None:
-        """End our own process, if there is one."""
+        """Give the server up, and end our own process, if there is one."""
+        self.engine = self.version = None
+        if self.owner:
+            self.owner.close()
+            self.owner = None
         if self.process:
             vllm_process.stop(self.process)
+            secret.forget(self.url)
+            self.process = None
+
+    def claim(self) -> None:
+        """Become the server's owner. ValueError if it is none for us, or a living trainer's."""
+        if not self.ours:
+            other_server.compare(self.config)
+        try:
+            other = other_owner(self.weight_version())
+        except Refusal:
+            if self.config.sync_to_vllm_every:
+                raise
+            return  # a plain vLLM, which never gets any weights, cannot have an owner
+        if other:
+            raise ValueError(f"the server at {self.url} is in use by {other}: wait for its end, or "
+                             "set another vllm_server_port")
+        if self.owner is None:
+            self.owner = Owner(self.config.run_name, self.own_address())
+        self.version = None
+        self.call("update_weight_version", {"new_version": self.owner.version(None)})
+
+    def check(self) -> None:
+        """Raise unless the server has the weights that we sent last, and nobody else's.
+
+        ServerError if they are lost, because somebody restarted it; RuntimeError if another trainer
+        has sent its own.
+        """
+        if self.owner is None:
+            return
+        served = self.weight_version()
+        if served == self.owner.version(self.version):
+            return
+        if other_owner(served):
+            raise RuntimeError(f"{self.url} got weights of {other_owner(served)}: a server can be "
+                               "used by one trainer at a time, set another vllm_server_port")
+        raise ServerError(f"{self.url} has weights {plain(served)!r}, not {self.version}, which it "
+                          "was sent: it was started again, or taken by another trainer")
+
+    @property
+    def owner_name(self) -> str:
+        """Of this trainer, as the server knows it; "" if it knows none."""
+        return self.owner.name if self.owner else ""
+
+    def weight_version(self) -> str:
+        return str(self.call("weight_info", method="get")["weight_version"])
 
     def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
         return call(f"{self.url}/{route}", body, method, pauses=(1,),
@@ -79,24 +150,31 @@ class Server:
     def send(self, source: "CheckpointSource") -> None:
         """One whole update, checked by its version; ServerError if anything of it fails.
 
+        ValueError, before the server hears of it, if a weight is not finite.
+
         Requests in flight go on, with the new weights. Every cache is emptied: image features are
         keyed by the image alone, not by the vision tower that made them.
         """
+        if isinstance(source, CheckpointSource):
+            source.check_finite()
         try:
             if self.config.inference_args.get("enable_sleep_mode"):
                 self.call("wake_up")
+            if self.owner is None:
+                self.claim()
             engine = self.engine or self.meet(source)
-            self.engine = None  # after an error below, both sides meet anew
+            self.engine = self.version = None  # after an error below, both sides meet anew
             self.call("pause?mode=keep")
             engine.send_weights()
-            self.call("update_weight_version", {"new_version": str(source.version)})
+            version = self.owner.version(source.version)
+            self.call("update_weight_version", {"new_version": version})
             self.call("reset_prefix_cache?reset_running_requests=true")
             self.call("reset_mm_cache")
             self.call("reset_encoder_cache")
             self.call("resume")
-            served = self.call("weight_info", method="get")["weight_version"]
-            if served != str(source.version):
-                raise RuntimeError(f"it serves {served!r}")
+            served = self.weight_version()
+            if served != version:
+                raise RuntimeError(f"it serves {plain(served)!r}")
             self.engine, self.version = engine, source.version
         except (OSError, RuntimeError) as error:
             raise ServerError(
@@ -106,6 +184,8 @@ class Server:
         """The trainer's side of a new group with the workers, whoever's group they are in now."""
         from vllm.distributed.weight_transfer import ipc_engine, nccl_engine
         self.leave_old_group()
+        with contextlib.suppress(Refusal):  # from workers of somebody's own, which cannot do it
+            self.call("collective_rpc", {"method": "clean_caches"})
         ends = {"client": make_client(self.url, self.config.vllm_server_timeout),
                 "source": source}
         if self.config.backend == "ipc":
@@ -180,6 +260,19 @@ class CheckpointSource:
                 dtype = torch.bfloat16 if device.type == "cuda" else tensor.dtype
                 yield name, tensor.to(device, dtype).contiguous()
 
+    def check_finite(self) -> None:
+        """ValueError names the weights that are not finite."""
+        broken = []
+        for name, tensor in self.weights.items():
+            if tensor.numel() and tensor.is_floating_point():
+                low, high = tensor.aminmax()  # NaN, if there is one; and no copy is made
+                if not (low.isfinite() and high.isfinite()):
+                    broken.append(name)
+        if broken:
+            raise ValueError(f"the weights after step {self.version} are not finite, and are not "
+                             f"sent: {len(broken)} of {len(self.weights)}, {', '.join(broken[:3])}"
+                             ", ... Lower learning_rate, and resume from an earlier checkpoint")
+
     def layers(self) -> list[dict[str, Tensor]]:
         """The weights of each layer; no conversion of names reaches across layers."""
         layers = {}
@@ -191,12 +284,15 @@ class CheckpointSource:
 
 def main() -> None:
     """Run the server alone until it ends, or Ctrl-C."""
-    from support.config import command_line, mistakes
-    with mistakes(), Server(command_line("sync.py")) as server:
-        if server.process is None:
-            raise ValueError(f"a server is up at {server.url} already")
-        print(f"serving at {server.url}; Ctrl-C stops it", flush=True)
-        sys.exit(server.process.wait())
+    from support.config import mistakes
+    from support.server_flags import server_config
+    with mistakes():
+        config = server_config()
+        if is_healthy(config.url):
+            raise ValueError(f"a server is up at {config.url} already")
+        with Server(config) as server:
+            print(f"serving at {server.url}; Ctrl-C stops it", flush=True)
+            sys.exit(server.process.wait())
 
 
 if __name__ == "__main__":

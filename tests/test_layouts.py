@@ -3,13 +3,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import requests
 import torch
 
 import sync
 from conftest import ROOT, make_trainer
 from rollout import GenerateOutputs
 from support.config import MultimodalRLConfig, load_config
+from support.http import call
+from support.owner import Owner
 from support.vllm_process import server_command
 from train import served
 
@@ -43,7 +44,7 @@ def test_the_layout_decides_backend_and_flags_and_vllm_understands_them(path, mo
 
 
 def test_the_routes_that_are_called_exist(server):
-    paths = requests.get(f"{server.url}/openapi.json", timeout=10).json()["paths"]
+    paths = call(f"{server.url}/openapi.json", method="get", timeout=10)["paths"]
     for route in ("/sleep", "/wake_up", "/pause", "/resume", "/weight_info", "/get_world_size",
                   "/update_weight_version", "/reset_encoder_cache", "/reset_mm_cache",
                   "/shutdown_weight_transfer_engine", "/start_weight_update", "/update_weights"):
@@ -54,10 +55,12 @@ def test_a_server_that_sleeps_is_woken_by_the_next_weights(monkeypatch):
     trainer, calls = make_trainer(async_steps=0, inference_args={"enable_sleep_mode": True}), []
 
     def call(self, route, body=None, method="post"):
-        calls.append(route)
-        return {"weight_version": str(trainer.step)}
+        if route != "weight_info":
+            calls.append(route)
+        return {"weight_version": trainer.server.owner.version(trainer.step)}
 
     monkeypatch.setattr(sync.Server, "call", call)
+    trainer.server.owner, trainer.server.version = Owner("run", "127.0.0.1"), 0
     trainer.server.engine = SimpleNamespace(send_weights=lambda: calls.append("weights"))
     trainer.generator = SimpleNamespace(begin=lambda *_: None,
                                         collect=lambda _: GenerateOutputs())
