@@ -18,12 +18,10 @@ from pathlib import Path
 import requests
 from PIL import Image
 
-from support.http import Refusal, ServerError, call
+from support.http import ServerError, call
 from support.images import load_image, png_data_uri
 from support.rewards import Task, number
-from support.text import plain
-
-EXPLODED = "the server's logprobs are not finite"
+from support.text import make_plain, plain
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,7 @@ class Failure:
     error: BaseException
 
     def __post_init__(self):
-        # What a stranger's exception says is printed, also as a traceback.
-        self.error.args = tuple(plain(arg) if isinstance(arg, str) else arg
-                                for arg in self.error.args)
+        make_plain(self.error)
 
     def __str__(self) -> str:
         said = plain(str(self.error)) or "without a word"
@@ -118,11 +114,6 @@ class GenerateOutputs:
         columns["metrics"] = {name: [rollout.metrics[name] for rollout in rollouts]
                               for name in rollouts[0].metrics}
         return cls(**columns, dropped=list(dropped))
-
-    @property
-    def exploded(self) -> bool:
-        """Whether some completions are missing because their logprobs were not finite."""
-        return any(EXPLODED in reason for reason in self.dropped)
 
     def means(self, prefix: str = "") -> dict[str, float]:
         """Of the reward, and of each reward function, whose names get the prefix."""
@@ -203,14 +194,7 @@ class Job:
 class Pending:
     """Jobs that are under way."""
     jobs: list[Job]
-    results: list[AsyncResult]  # of each: a Scoring
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """The completions of a job, which were sampled, while rewards are computed for them."""
-    task: Task
-    group: list[Rollout | Failure]  # so far
+    results: list[AsyncResult]  # of each, when it is sampled: what Generator.group returns
 
 
 @functools.lru_cache(maxsize=2)
@@ -298,54 +282,40 @@ class Generator:
     def finish(self, job: Job, result: AsyncResult) -> list[Rollout | Failure]:
         """What became of each completion of a job. Rewards that hang are waited for no longer than
         generation_timeout after the completions were sampled."""
-        group, seconds = [], self.config.generation_timeout
-        error = ValueError(f"the server did not return {job.n} completions")
+        group, error = [], ValueError("the server did not return it")
         try:
-            scoring = result.get()
-            if not scoring.task.is_done(seconds):
-                error = TimeoutError(f"no reward in {seconds:g} s (see generation_timeout)")
-            group = list(scoring.group)
+            group, scoring = result.get()
+            scoring.result(self.config.generation_timeout, "reward")
         except ServerError:
             raise
         except Exception as raised:  # rows and images of an environment fail in any way
             error = raised
+        group = list(group)  # a reward that hangs may add to it later
         return group + [Failure(job.index, error)] * (job.n - len(group))
 
-    def group(self, job: Job) -> Scoring:
-        """Sample all completions of one prompt, and begin to score them.
+    def group(self, job: Job) -> tuple[list[Rollout | Failure], Task]:
+        """Sample all completions of one prompt; (those that are scored so far, the scoring).
 
         What others wrote (rows, rewards) runs in threads of its own: if it hangs, the pool does not
         shrink.
         """
         reading = Task(lambda: self.read(job))
-        seconds = self.config.generation_timeout
-        if not reading.is_done(seconds):
-            raise TimeoutError(f"no row in {seconds:g} s (see generation_timeout)")
-        row, messages, images = reading.value
-        reply, group = self.sample(job, messages), []
+        row, messages, images = reading.result(self.config.generation_timeout, "row")
+        # Sample i of a request gets its seed + i: neighbouring requests are n apart, none overlap.
+        reply = self.call("v1/chat/completions", {
+            **self.sampling, "messages": messages, "n": job.n,
+            "seed": (self.config.seed << 40) + job.seed})
         shared = {"prompt": row["prompt"], "answer": row.get("answer", ""),
                   "example_id": job.index, "info": row.get("info") or {},
                   "state": {"image_url": first_image_url(messages), **row}, "images": images,
-                  "prompt_ids": reply["prompt_token_ids"]}
-        return Scoring(Task(lambda: self.score_group(reply, shared, group)), group)
+                  "prompt_ids": reply["prompt_token_ids"], "encoded": None}
+        group = []
+        return group, Task(lambda: self.score_group(reply, shared, group))
 
     def read(self, job: Job) -> tuple[dict, list[dict], list[Image.Image]]:
         """The row, its prompt in OpenAI form, and the images of it."""
         row = job.rows[job.index]
         return row, *render_prompt(row["prompt"])
-
-    def sample(self, job: Job, messages: list[dict]) -> dict:
-        """The server's reply to the request for all completions of a job."""
-        # Sample i of a request gets its seed + i: neighbouring requests are n apart, none overlap.
-        try:
-            return self.call("v1/chat/completions", {
-                **self.sampling, "messages": messages, "n": job.n,
-                "seed": (self.config.seed << 40) + job.seed})
-        except Refusal as error:
-            if "Out of range float values" in str(error):  # NaN cannot be written in JSON
-                raise ValueError(f"{EXPLODED}: the weights that it has have exploded, lower "
-                                 "learning_rate") from error
-            raise
 
     def ask_for_text(self, ids: list[int], skip_special_tokens: bool) -> str:
         """The text of the ids by the server's tokenizer, special tokens included."""
@@ -353,7 +323,6 @@ class Generator:
 
     def score_group(self, reply: dict, shared: dict, group: list) -> None:
         """Add each completion of the reply to the group, with its reward."""
-        shared["encoded"] = None
         if self.encode:
             shared["encoded"] = self.encode(shared["prompt"], shared["images"])
         for choice in reply["choices"]:

@@ -18,10 +18,11 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from support import other_server, secret, vllm_process
+from support import secret, vllm_process
+from support.finite import check_finite
 from support.gloo import use_gloo
-from support.http import Refusal, ServerError, call, is_healthy
-from support.owner import Owner, other_owner
+from support.http import Refusal, ServerError, call, is_healthy, was_spoiled
+from support.owner import Lease
 from support.text import plain
 
 STARTS = 3  # attempts at bringing a lost server back
@@ -42,7 +43,7 @@ class Server:
         self.process = None
         self.engine = None   # the trainer's side of the weight transfer
         self.version = None  # the weights that it has; None: other ones than ours
-        self.owner = None    # how it knows us; None: it does not yet
+        self.lease = Lease(self)
 
     def __enter__(self) -> "Server":
         self.ours = self.config.local and not is_healthy(self.url)
@@ -51,7 +52,7 @@ class Server:
                 vllm_process.check_port(self.config)
             self.start()
             if not self.ours:
-                self.claim()
+                self.lease.claim()
             return self
         except BaseException:
             self.stop()
@@ -92,56 +93,11 @@ class Server:
     def stop(self) -> None:
         """Give the server up, and end our own process, if there is one."""
         self.engine = self.version = None
-        if self.owner:
-            self.owner.close()
-            self.owner = None
+        self.lease.release()
         if self.process:
             vllm_process.stop(self.process)
             secret.forget(self.url)
             self.process = None
-
-    def claim(self) -> None:
-        """Become the server's owner. ValueError if it is none for us, or a living trainer's."""
-        if not self.ours:
-            other_server.compare(self.config)
-        try:
-            other = other_owner(self.weight_version())
-        except Refusal:
-            if self.config.sync_to_vllm_every:
-                raise
-            return  # a plain vLLM, which never gets any weights, cannot have an owner
-        if other:
-            raise ValueError(f"the server at {self.url} is in use by {other}: wait for its end, or "
-                             "set another vllm_server_port")
-        if self.owner is None:
-            self.owner = Owner(self.config.run_name, self.own_address())
-        self.version = None
-        self.call("update_weight_version", {"new_version": self.owner.version(None)})
-
-    def check(self) -> None:
-        """Raise unless the server has the weights that we sent last, and nobody else's.
-
-        ServerError if they are lost, because somebody restarted it; RuntimeError if another trainer
-        has sent its own.
-        """
-        if self.owner is None:
-            return
-        served = self.weight_version()
-        if served == self.owner.version(self.version):
-            return
-        if other_owner(served):
-            raise RuntimeError(f"{self.url} got weights of {other_owner(served)}: a server can be "
-                               "used by one trainer at a time, set another vllm_server_port")
-        raise ServerError(f"{self.url} has weights {plain(served)!r}, not {self.version}, which it "
-                          "was sent: it was started again, or taken by another trainer")
-
-    @property
-    def owner_name(self) -> str:
-        """Of this trainer, as the server knows it; "" if it knows none."""
-        return self.owner.name if self.owner else ""
-
-    def weight_version(self) -> str:
-        return str(self.call("weight_info", method="get")["weight_version"])
 
     def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
         return call(f"{self.url}/{route}", body, method, pauses=(1,),
@@ -156,23 +112,24 @@ class Server:
         keyed by the image alone, not by the vision tower that made them.
         """
         if isinstance(source, CheckpointSource):
-            source.check_finite()
+            check_finite(source.weights, source.version)
         try:
             if self.config.inference_args.get("enable_sleep_mode"):
                 self.call("wake_up")
-            if self.owner is None:
-                self.claim()
+            self.lease.claim()
+            if was_spoiled(self.url):
+                self.engine = None  # so that both meet anew, and NaN in its caches are removed
             engine = self.engine or self.meet(source)
             self.engine = self.version = None  # after an error below, both sides meet anew
             self.call("pause?mode=keep")
             engine.send_weights()
-            version = self.owner.version(source.version)
+            version = self.lease.version(source.version)
             self.call("update_weight_version", {"new_version": version})
             self.call("reset_prefix_cache?reset_running_requests=true")
             self.call("reset_mm_cache")
             self.call("reset_encoder_cache")
             self.call("resume")
-            served = self.weight_version()
+            served = self.lease.served()
             if served != version:
                 raise RuntimeError(f"it serves {plain(served)!r}")
             self.engine, self.version = engine, source.version
@@ -259,19 +216,6 @@ class CheckpointSource:
             for name, tensor in revert_weight_conversion(self.model, layer).items():
                 dtype = torch.bfloat16 if device.type == "cuda" else tensor.dtype
                 yield name, tensor.to(device, dtype).contiguous()
-
-    def check_finite(self) -> None:
-        """ValueError names the weights that are not finite."""
-        broken = []
-        for name, tensor in self.weights.items():
-            if tensor.numel() and tensor.is_floating_point():
-                low, high = tensor.aminmax()  # NaN, if there is one; and no copy is made
-                if not (low.isfinite() and high.isfinite()):
-                    broken.append(name)
-        if broken:
-            raise ValueError(f"the weights after step {self.version} are not finite, and are not "
-                             f"sent: {len(broken)} of {len(self.weights)}, {', '.join(broken[:3])}"
-                             ", ... Lower learning_rate, and resume from an earlier checkpoint")
 
     def layers(self) -> list[dict[str, Tensor]]:
         """The weights of each layer; no conversion of names reaches across layers."""

@@ -117,11 +117,9 @@ class MultimodalGRPOTrainer:
             self.ahead.append((pending, self.server.version or 0))
         pending, version = self.ahead.popleft()
         outputs = self.generator.collect(pending)
-        self.server.check()  # else somebody else's weights may have sampled these
+        self.server.lease.check()  # else somebody else's weights may have sampled these
         outputs.weight_version = version
-        outputs.weight_owner = self.server.owner_name
-        if outputs.exploded:  # what that left in the server's caches goes with the next weights
-            self.server.engine = None
+        outputs.weight_owner = self.server.lease.name
         self.seconds["waited"] = max(0.0, start - max(outputs.finished, default=start))
         if config.inference_args.get("enable_sleep_mode"):  # until the next weights
             self.server.call("sleep?level=1")
@@ -135,7 +133,7 @@ class MultimodalGRPOTrainer:
 
     def log_held_out(self) -> None:
         means = self.generator.evaluate(self.config.eval_samples).means()
-        self.server.check()
+        self.server.lease.check()
         metrics = {f"eval/{name}": value for name, value in means.items()}
         self.records.write({"step": self.step, **metrics})
         tqdm.write(f"step {self.step}: held-out reward {means['reward']:.3f}")
@@ -150,8 +148,7 @@ class MultimodalGRPOTrainer:
                 try:
                     if self.server_is_lost:
                         self.restore_server()
-                    if self.server.owner is None:
-                        self.server.claim()
+                    self.server.lease.claim()
                     if self.config.sync_to_vllm_every and self.server.version is None:
                         self.server.send(self.source)
                     if self.generator is None:
@@ -321,7 +318,7 @@ class MultimodalGRPOTrainer:
     def try_to_send(self) -> None:
         try:
             if self.ahead:  # their weights would not be known once there are new ones
-                self.server.check()
+                self.server.lease.check()
             self.server.send(self.source)
         except ServerError as error:
             tqdm.write(f"{error}; restoring the server")

@@ -2,12 +2,15 @@
 import threading
 import time
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 import requests
 
 from support import secret
 from support.text import plain
 
+NO_JSON = "Out of range float values"  # how vLLM says that there are NaN in an answer
+SPOILED = set()  # addresses of servers that said so: there are NaN in their caches, too
 THREAD = threading.local()  # .session: one requests.Session per thread
 
 
@@ -65,10 +68,22 @@ def describe(response: requests.Response) -> str:
     """An answer that is of no use, in one line, and what helps if it asks who we are."""
     said = plain(response.text[:2000])[:500]
     message = f"{response.url}: {response.status_code} {said or response.reason or 'no text'}"
+    if NO_JSON in said:
+        SPOILED.add(urlsplit(response.url).netloc)
+        message = (f"{response.url}: its logprobs are not finite, because its weights have "
+                   "exploded; lower learning_rate")
     if response.status_code in (401, 403):
         message += (f". Set {secret.VARIABLE} or bring {secret.secret_file(response.url)} (the "
                     "secret of a server that sync.py or train.py started), or VLLM_API_KEY")
     return message
+
+
+def was_spoiled(url: str) -> bool:
+    """Whether this server's logprobs were not finite since this was last asked."""
+    address = urlsplit(url).netloc
+    spoiled = address in SPOILED
+    SPOILED.discard(address)
+    return spoiled
 
 
 def is_healthy(url: str) -> bool:

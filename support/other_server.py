@@ -9,10 +9,10 @@ ADVICE = "start it with `python sync.py @ CONFIG`, or set another vllm_server_po
 NAMES = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 
 
-def compare(config) -> None:
-    """ValueError in one line if the server at config.url is not one for this run.
+def compare(config) -> bool:
+    """Whether the server at config.url has RL routes; ValueError in one line if it is none for us.
 
-    Prints a warning if its RL routes answer anybody.
+    Prints a warning if the routes answer anybody.
     """
     url = config.url
     try:
@@ -40,6 +40,7 @@ def compare(config) -> None:
     if config.sync_to_vllm_every and is_open(url):
         print(f"warning: the RL routes of {url} answer everybody who reaches it, and let them run "
               "code there; a server that sync.py starts asks for a secret", flush=True)
+    return bool(info)
 
 
 def compare_flags(config, served: dict) -> None:

@@ -57,9 +57,11 @@ class Task:
         except BaseException as error:  # SystemExit in here ends this thread, not who waits for it
             self.error = RuntimeError(f"{type(error).__name__}: {error}")
 
-    def is_done(self, seconds: float) -> bool:
-        """Whether the action ends within so many seconds of its start; raises what it raised."""
+    def result(self, seconds: float, what: str):
+        """Its value or exception; TimeoutError if there is none so many seconds after its start."""
         self.thread.join(max(0.0, self.start + seconds - time.monotonic()))
+        if self.thread.is_alive():
+            raise TimeoutError(f"no {what} in {seconds:g} s (see generation_timeout)")
         if self.error is not None:
             raise self.error
-        return not self.thread.is_alive()
+        return self.value

@@ -35,7 +35,7 @@ def server_config() -> MultimodalRLConfig:
         sizes = values.get("inference_args", {})
         parallel = [sizes.get(name, 1) for name in SHORT.values()]
         values["inference_gpus"] = parallel[0] * parallel[1] * parallel[2]
-    return MultimodalRLConfig(**values)
+    return MultimodalRLConfig(**values, max_tokens=1)  # the trainer's business
 
 
 def flags_to_overrides(words: list[str]) -> list[str]:

@@ -13,3 +13,8 @@ def plain(text: str) -> str:
     text = ESCAPES.sub("", text)
     printable = "".join(c if c.isprintable() else " " for c in text)
     return " ".join(printable.split())
+
+
+def make_plain(error: BaseException) -> None:
+    """Let an exception say its own words plainly, in a traceback, too."""
+    error.args = tuple(plain(arg) if isinstance(arg, str) else arg for arg in error.args)

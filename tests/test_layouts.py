@@ -10,7 +10,6 @@ from conftest import ROOT, make_trainer
 from rollout import GenerateOutputs
 from support.config import MultimodalRLConfig, load_config
 from support.http import call
-from support.owner import Owner
 from support.vllm_process import server_command
 from train import served
 
@@ -53,14 +52,18 @@ def test_the_routes_that_are_called_exist(server):
 
 def test_a_server_that_sleeps_is_woken_by_the_next_weights(monkeypatch):
     trainer, calls = make_trainer(async_steps=0, inference_args={"enable_sleep_mode": True}), []
+    served = {"weight_version": "default"}
 
     def call(self, route, body=None, method="post"):
+        if route == "update_weight_version":
+            served["weight_version"] = body["new_version"]
         if route != "weight_info":
             calls.append(route)
-        return {"weight_version": trainer.server.owner.version(trainer.step)}
+        return served
 
     monkeypatch.setattr(sync.Server, "call", call)
-    trainer.server.owner, trainer.server.version = Owner("run", "127.0.0.1"), 0
+    monkeypatch.setattr(sync.Server, "own_address", lambda self: "127.0.0.1")
+    trainer.server.ours = True
     trainer.server.engine = SimpleNamespace(send_weights=lambda: calls.append("weights"))
     trainer.generator = SimpleNamespace(begin=lambda *_: None,
                                         collect=lambda _: GenerateOutputs())
