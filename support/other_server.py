@@ -91,8 +91,8 @@ def same_model(served: str, ours: str) -> bool:
 def architecture(model: str) -> dict:
     """The model's configuration without what names it."""
     from transformers import AutoConfig
-    config = json.loads(AutoConfig.from_pretrained(model).to_json_string(use_diff=False))
-    return without_names(config)
+    config = AutoConfig.from_pretrained(model, local_files_only=True)  # it asks no hub
+    return without_names(json.loads(config.to_json_string(use_diff=False)))
 
 
 def without_names(config: dict) -> dict:
