@@ -69,9 +69,9 @@ def ask(url: str, route: str) -> dict | None:
     except Refusal as error:
         if error.status in (404, 405):
             return None
-        raise ValueError(f"no vLLM server that this run can use: {error}") from error
+        raise ValueError(f"this is no vLLM server, or one that this run cannot use: {error}") from error
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"no vLLM server that this run can use: {plain(str(error))}") from error
+        raise ValueError(f"no vLLM server answers at {url}: {plain(str(error))}") from error
 
 
 def same_model(served: str, ours: str) -> bool:

@@ -157,16 +157,12 @@ def test_a_checkpoint_of_the_served_model_is_the_same_model(tmp_path):
     assert not other_server.same_model(TINY, str(tmp_path / "tuned"))
 
 
-@pytest.mark.parametrize("routes, words, said", [
-    (NOT_OURS["a page"][0], [], "is no vLLM server"),
-    (NOT_OURS["a plain vLLM"][0], [], "has no RL routes"),
-    (vllm_routes(model={"root": "Qwen/other"}), [], "has another model, 'Qwen/other'"),
-])
-def test_the_command_line_says_it_in_one_line_with_code_2(routes, words, said, tmp_path):
+def test_the_command_line_says_it_in_one_line_with_code_2(tmp_path):
+    routes, said = NOT_OURS["a plain vLLM"]
     with service(routes) as port:
         run = subprocess.run(
             [sys.executable, "train.py", "@", "config.toml", f"vllm_server_port={port}",
-             f"output_dir={tmp_path}", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+             f"output_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 2 and said in run.stderr.splitlines()[-1]
     assert "Traceback" not in run.stderr
 
@@ -251,34 +247,62 @@ def restarted(server) -> None:
     other.server.stop()
 
 
-@pytest.mark.parametrize("ahead, every", [(0, 1), (0, 3), (2, 2)])
-@pytest.mark.parametrize("fault", ["restarted", "others"])
+FAULTS = {"restarted": restarted, "others": lambda server: somebody_sends(
+    server, lambda p: p.mul_(1.2))}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("ahead, every", [(0, 3), (2, 2)])
 def test_weights_that_we_did_not_send_are_never_trained_on(server, tmp_path, ahead, every, fault):
-    """Between two steps, and before a sync: the steps are those of an undisturbed run."""
-    found = {}
-    for name in ("undisturbed", fault):
-        config = dataclasses.replace(server, output_dir=str(tmp_path), run_name=name, max_steps=6,
-                                     sync_to_vllm_every=every, async_steps=ahead, seed=5)
-        with served(config) as trainer:
-            log, versions = trainer.log, []
+    """Twice the server has others: no token that was trained on has a logprob of theirs."""
+    config = dataclasses.replace(server, output_dir=str(tmp_path), max_steps=6, async_steps=ahead,
+                                 sync_to_vllm_every=every)
+    steps = []  # (rollouts, the weights after so many steps)
+    with served(config) as trainer:
+        weights = [[p.detach().clone() for p in trainer.model.parameters()]]
+        log = trainer.log
+
+        def log_and_disturb(measured, outputs):
+            steps.append(outputs)
+            weights.append([p.detach().clone() for p in trainer.model.parameters()])
+            log(measured, outputs)
+            if trainer.step in (2, 4):
+                FAULTS[fault](server)
+
+        trainer.log = log_and_disturb
+        trainer.train()
+        for outputs in steps:
+            batch, off = trainer.build_batch(outputs), []
+            for version in weights if ahead else [weights[outputs.weight_version]]:
+                with torch.no_grad():
+                    for p, q in zip(trainer.model.parameters(), version):
+                        p.copy_(q)
+                    logprobs, _ = trainer.policy(batch, share=False)
+                off.append((logprobs - batch.behavior_logprobs).abs()[batch.loss_mask.bool()])
+            assert torch.stack(off).amin(0).max() < 1e-4  # with ahead, of some weights of ours
+        assert {outputs.weight_owner for outputs in steps} == {trainer.server.lease.name}
+    staleness = [line["staleness"] for line in metrics(config)]
+    assert max(staleness) <= ahead + every - 1 and len(staleness) == 6
+    if not ahead:
+        assert staleness == [0, 1, 0, 0, 0, 1]  # sent: 0; again 2; 3; again 4; then none until 6
+
+
+def test_a_run_whose_server_is_restarted_between_its_steps_is_the_same_run(server, tmp_path):
+    found = []
+    for name in ("undisturbed", "restarted"):
+        config = dataclasses.replace(server, output_dir=str(tmp_path), run_name=name, max_steps=3)
+        with served(dataclasses.replace(config, async_steps=0)) as trainer:
+            log = trainer.log
 
             def log_and_disturb(measured, outputs):
-                versions.append((outputs.weight_version, outputs.weight_owner))
                 log(measured, outputs)
-                if name == "restarted" and trainer.step in (2, 4):
+                if name == "restarted":
                     restarted(server)
-                if name == "others" and trainer.step in (2, 4):
-                    somebody_sends(server, lambda p: p.mul_(1.1))
 
             trainer.log = log_and_disturb
             trainer.train()
-        assert {owner for _, owner in versions} == {trainer.server.lease.name}
-        found[name] = timeless(metrics(config))
-    for line in found[fault]:
-        assert line["kl"] < (1e-6 if line["staleness"] == 0 else 1e-2)
-        assert line["staleness"] <= ahead + every - 1
-    if ahead == 0 and every == 1:
-        assert found[fault] == found["undisturbed"]
+        found.append(timeless(metrics(config)))
+    assert found[0] == found[1]
 
 
 def test_a_server_that_another_trainer_has_taken_ends_the_run_by_its_name(server, tmp_path):
@@ -524,7 +548,8 @@ def test_every_default_that_the_server_knows_is_set_in_the_request():
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     with service(vllm_routes()) as port:
         generator = Generator(Environment(train=[], eval=[], rewards=[]), config_for(port))
-    assert ChatCompletionRequest._DEFAULT_SAMPLING_PARAMS.keys() <= generator.sampling.keys()
+    request = ChatCompletionRequest(messages=[])
+    assert request._DEFAULT_SAMPLING_PARAMS.keys() <= generator.sampling.keys()
 
 
 @pytest.mark.parametrize("key, value, fits", [
@@ -532,14 +557,14 @@ def test_every_default_that_the_server_knows_is_set_in_the_request():
     ("temperature", 2.0, True), ("seed", 2**23, False), ("seed", 2**23 - 1, True),
     ("seed", 2**40, False)])
 def test_temperatures_and_seeds_that_the_server_bends_or_refuses_are_refused_here(key, value, fits):
-    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=f"{key} must be at"):
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=f"{key} must be a"):
         MultimodalRLConfig(**{key: value})
 
 
 def test_the_largest_seed_and_the_outermost_temperatures_are_sampled_with(server):
     for options in ({"seed": 2**23 - 1}, {"temperature": 2.0}, {"temperature": 0.01}):
         generator = generator_of(server, [asking(noise(56, 56))], [lambda *_, **__: 1.0], **options)
-        assert len(generator.evaluate.__self__.collect(generator.begin(0, 1, 4))) == 4
+        assert len(generator.collect(generator.begin(0, 1, 4))) == 4
 
 
 # ---- what rewards are given, and what they give
@@ -645,7 +670,7 @@ def test_numbers_of_every_kind_are_rewards(value, reward, monkeypatch):
     (SystemExit(3), "SystemExit: 3"), (KeyboardInterrupt(), "KeyboardInterrupt: without a word"),
     (decimal.Decimal("sNaN"), "ValueError"), (decimal.Decimal("Infinity"), "finite number"),
     (1j, "TypeError"), (10**400, "OverflowError"), ("1.0", "TypeError"), (None, "TypeError"),
-    ({"score": 1}, "KeyError: reward"), (1e308, "ValueError"), (StopIteration(), "without a word"),
+    ({"score": 1}, "KeyError: 'reward'"), (1e308, "ValueError"), (StopIteration(), "without a word"),
     (ValueError("\x1b[2J\x1b]0;x\x07bad\r\nluck"), "ValueError: bad luck"),
     ("later", "OSError: gone"), ("later exit", "SystemExit: 4")])
 def test_one_odd_reward_drops_its_completion_alone_with_a_reason(value, said, monkeypatch):
