@@ -29,12 +29,14 @@ class Environment:
     """What the policy is trained on; `load_environment(**args)` of an env module returns one.
 
     A row is {"prompt": chat messages, "answer": str, "info": dict (optional)}; other keys reach
-    adapters through `state`, and so does "message", the server's structured answer. Images are message parts {"type": "image", "image": SOURCE} or
+    adapters through `state`. Images are message parts {"type": "image", "image": SOURCE} or
     {"type": "image_url", "image_url": {"url": SOURCE}}, SOURCE as in support.images.load_image. A
     completion's reward is the weighted sum of the f(completion, answer, **info), which are called
-    from any thread, and awaited if they are async. completion is the text of exactly the sampled
-    ids, whatever the server's parsers make of them: special tokens stand in it (unless
-    skip_special_tokens), but for the end-of-turn token.
+    from any thread, and awaited if they are async.
+
+    The completion that they see is the text of exactly the sampled ids, whatever the server's
+    parsers make of them. Special tokens stand in it, unless skip_special_tokens, but for the
+    end-of-turn token. The message that the server parsed is state["message"].
     """
     train: Sequence[dict]
     eval: Sequence[dict]
@@ -227,8 +229,8 @@ class Generator:
         self.sampling = {"model": model, "temperature": config.temperature, "top_p": 1.0,
                          "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
                          "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0,
-                         "watermarking": False, "max_tokens": config.max_tokens, "return_token_ids": True,
-                         "logprobs": True, "logit_bias": {str(i): -100 for i in banned}}
+                         "watermarking": False, "max_tokens": config.max_tokens,
+                         "return_token_ids": True, "logprobs": True, "logit_bias": {str(i): -100 for i in banned}}
 
     def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
         return call(f"{self.url}/{route}", body, method, timeout=self.config.generation_timeout)
@@ -280,8 +282,10 @@ class Generator:
             raise ServerError(f"{self.url} hangs: {error}") from error
 
     def finish(self, job: Job, result: AsyncResult) -> list[Rollout | Failure]:
-        """What became of each completion of a job. Rewards that hang are waited for no longer than
-        generation_timeout after the completions were sampled."""
+        """What became of each completion of a job.
+
+        Rewards that hang are given up generation_timeout after the completions were sampled.
+        """
         group, error = [], ValueError("the server did not return it")
         try:
             group, scoring = result.get()

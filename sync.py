@@ -54,8 +54,10 @@ class Server:
             if not self.ours:
                 self.lease.claim()
             return self
-        except BaseException:
+        except BaseException as error:
             self.stop()
+            if isinstance(error, ServerError):  # nothing was lost yet: this is no server for us
+                raise ValueError(str(error)) from error
             raise
 
     def __exit__(self, *_) -> None:

@@ -49,5 +49,6 @@ class GlooWorker:
         for cache in self.model_runner.kv_caches:
             tensors = cache if isinstance(cache, (list, tuple)) else [cache]
             for tensor in tensors:
-                if tensor.is_floating_point() and not tensor.isfinite().all():
+                low, high = tensor.aminmax()  # both are NaN if one entry is; and no copy is made
+                if not (low.isfinite() and high.isfinite()):
                     tensor.zero_()

@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from support.http import Refusal, call, is_open
+from support.http import Refusal, ServerError, call, is_open
 from support.text import plain
 
 ADVICE = "start it with `python sync.py @ CONFIG`, or set another vllm_server_port"
@@ -12,7 +12,7 @@ NAMES = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_c
 def compare(config) -> bool:
     """Whether the server at config.url has RL routes; ValueError in one line if it is none for us.
 
-    Prints a warning if the routes answer anybody.
+    ServerError if it does not answer. Prints a warning if the routes answer anybody.
     """
     url = config.url
     try:
@@ -70,8 +70,8 @@ def ask(url: str, route: str) -> dict | None:
         if error.status in (404, 405):
             return None
         raise ValueError(f"this is no vLLM server, or one that this run cannot use: {error}") from error
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"no vLLM server answers at {url}: {plain(str(error))}") from error
+    except OSError as error:
+        raise ServerError(f"{url} does not answer: {error}") from error
 
 
 def same_model(served: str, ours: str) -> bool:

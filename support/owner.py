@@ -48,7 +48,7 @@ class Lease:
                              "another vllm_server_port")
         self.listener = socket.create_server((self.server.own_address(), 0))
         threading.Thread(target=answer, args=(self.listener, self.token), daemon=True).start()
-        self.server.call("update_weight_version", {"new_version": self.version(None)})
+        self.ask("update_weight_version", {"new_version": self.version(None)})
 
     def version(self, step: int | None) -> str:
         """The weight_version of our weights after this step; None: nothing was sent yet."""
@@ -57,7 +57,14 @@ class Lease:
 
     def served(self) -> str:
         """The server's weight_version."""
-        return str(self.server.call("weight_info", method="get")["weight_version"])
+        return str(self.ask("weight_info", method="get")["weight_version"])
+
+    def ask(self, route: str, body: dict | None = None, method: str = "post") -> dict:
+        """What the server answers; ServerError if it does not, as when its engine has died."""
+        try:
+            return self.server.call(route, body, method)
+        except (OSError, RuntimeError) as error:
+            raise ServerError(f"{self.server.url} does not answer: {error}") from error
 
     def check(self) -> None:
         """Raise unless the server has the weights that we sent last, and nobody else's.

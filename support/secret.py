@@ -32,14 +32,14 @@ def address(url: str) -> str:
 
 def secret_file(url: str) -> Path:
     """Where the secret of the server at this URL is kept for its owner's other processes."""
-    return Path.home() / ".cache" / "vlm-servers" / f"{address(url)}.secret"
+    return Path(os.path.expanduser("~"), ".cache", "vlm-servers", f"{address(url)}.secret")
 
 
 def make(url: str) -> str:
     """A new secret for the server that is about to start, or that of the environment; kept."""
     secret = os.environ.get(VARIABLE) or secrets.token_urlsafe(32)
     MADE[address(url)] = secret
-    with contextlib.suppress(OSError, RuntimeError):  # no home: this process alone will know it
+    with contextlib.suppress(OSError):  # no home: this process alone will know it
         path = secret_file(url)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         partial = path.with_suffix(f".{secrets.token_hex(4)}")
@@ -52,7 +52,7 @@ def make(url: str) -> str:
 def forget(url: str) -> None:
     """Remove the secret of a server of ours that has ended."""
     secret = MADE.pop(address(url), None)
-    with contextlib.suppress(OSError, RuntimeError):
+    with contextlib.suppress(OSError):
         path = secret_file(url)
         if path.read_text() == secret:  # else it is that of a server that came after ours
             path.unlink()
@@ -64,7 +64,7 @@ def known(url: str) -> str | None:
         return os.environ[VARIABLE]
     try:
         return secret_file(url).read_text().strip()
-    except (OSError, RuntimeError):
+    except OSError:
         return MADE.get(address(url))
 
 
