@@ -69,7 +69,8 @@ def ask(url: str, route: str) -> dict | None:
     except Refusal as error:
         if error.status in (404, 405):
             return None
-        raise ValueError(f"this is no vLLM server, or one that this run cannot use: {error}") from error
+        raise ValueError("this is no vLLM server, or one that this run cannot use: "
+                         f"{error}") from error
     except OSError as error:
         raise ServerError(f"{url} does not answer: {error}") from error
 

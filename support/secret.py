@@ -60,12 +60,14 @@ def forget(url: str) -> None:
 
 def known(url: str) -> str | None:
     """The secret of the server at this URL, read anew: the server may have been started again."""
-    if VARIABLE in os.environ:
+    if os.environ.get(VARIABLE):
         return os.environ[VARIABLE]
+    if address(url) in MADE:
+        return MADE[address(url)]
     try:
         return secret_file(url).read_text().strip()
     except OSError:
-        return MADE.get(address(url))
+        return None
 
 
 def headers(url: str) -> dict[str, str]:
@@ -84,7 +86,9 @@ class AskSecret:
 
     def __init__(self, app):
         self.app = app
-        self.secret = os.environ[VARIABLE].encode()
+        self.secret = os.environ.get(VARIABLE, "").encode()
+        if not self.secret:
+            raise ValueError(f"{VARIABLE} is not set: there is no secret to ask for")
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan" or self.may_pass(scope):

@@ -52,6 +52,7 @@ def server_command(config) -> list[str]:
 
 def start(config, log: Path) -> subprocess.Popen:
     """Run the server in a session of its own, so that Ctrl-C reaches the trainer alone."""
+    log.parent.mkdir(parents=True, exist_ok=True)
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ,
            "VLLM_SERVER_DEV_MODE": "1", secret.VARIABLE: secret.make(config.url),
            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -60,7 +61,6 @@ def start(config, log: Path) -> subprocess.Popen:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in range(config.server_gpus))
     if "api_key" in config.inference_args:
         env["VLLM_API_KEY"] = os.environ["VLLM_API_KEY"] = config.inference_args["api_key"]
-    log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as out:
         return subprocess.Popen(["sh", "-c", GUARD, "sh", *server_command(config)], env=env,
                                 stdout=out, stderr=out, stdin=subprocess.PIPE,

@@ -516,6 +516,15 @@ def test_the_middleware_asks_websockets_and_mounted_apps_too(monkeypatch):
         401, 401, 401, 1008, 401]
 
 
+def test_a_middleware_without_a_secret_does_not_let_everybody_pass(monkeypatch):
+    for value in (None, ""):
+        monkeypatch.delenv("VLM_SERVER_SECRET", raising=False)
+        if value is not None:
+            monkeypatch.setenv("VLM_SERVER_SECRET", value)
+        with pytest.raises(ValueError, match="VLM_SERVER_SECRET is not set"):
+            secret.AskSecret(None)
+
+
 def test_own_middleware_and_keys_of_the_config_stand_beside_ours():
     config = MultimodalRLConfig(model=TINY, inference_args={"middleware": ["a.B", "c.D"],
                                                             "api_key": "word"})
