@@ -230,7 +230,8 @@ class Generator:
                          "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
                          "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0,
                          "watermarking": False, "max_tokens": config.max_tokens,
-                         "return_token_ids": True, "logprobs": True, "logit_bias": {str(i): -100 for i in banned}}
+                         "return_token_ids": True, "logprobs": True,
+                         "logit_bias": {str(i): -100 for i in banned}}
 
     def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
         return call(f"{self.url}/{route}", body, method, timeout=self.config.generation_timeout)
