@@ -141,13 +141,16 @@ def nursery() -> None:
                 os._exit(0)
             elif key.fileobj is listener:
                 connection, _ = listener.accept()
-                received = receive(connection)
+                request, files = receive(connection)
+                if not request:  # the command was killed before it could say what it wants
+                    connection.close()
+                    continue
                 if not (pid := os.fork()):
-                    end_after(become, path, *received)
-                for number in received[1]:
+                    end_after(become, path, request, files)
+                for number in files:
                     os.close(number)
                 running[pid] = connection
-                connection.sendall(f"{pid}\n".encode())
+                answer(connection, pid)
                 events.register(connection, selectors.EVENT_READ, pid)
                 events.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
             elif key.fileobj is running[key.data]:  # the command was killed
@@ -160,16 +163,25 @@ def nursery() -> None:
                 connection = running.pop(key.data)
                 with contextlib.suppress(KeyError):  # else the command was killed before
                     events.unregister(connection)
-                with contextlib.suppress(OSError):
-                    connection.sendall(f"{code}\n".encode())
+                answer(connection, code)
                 connection.close()
 
 
-def receive(connection: socket.socket) -> tuple[dict, list[int]]:
-    """What a command asks for, and the files that it has open."""
+def receive(connection: socket.socket) -> tuple[dict | None, list[int]]:
+    """What a command asks for, and the files that it has open; (None, []) if it is gone."""
     _, files, _, _ = socket.recv_fds(connection, 1, 250)
     with connection.makefile() as lines:
-        return json.loads(lines.readline()), files
+        line = lines.readline()
+    if not line.endswith("\n"):
+        for number in files:
+            os.close(number)
+        return None, []
+    return json.loads(line), files
+
+
+def answer(connection: socket.socket, number: int) -> None:
+    with contextlib.suppress(OSError):  # the command may have been killed
+        connection.sendall(f"{number}\n".encode())
 
 
 def end_group(pid: int) -> None:
