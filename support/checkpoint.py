@@ -67,7 +67,8 @@ def rehearse(config, policy, processor) -> None:
     try:
         write(partial, config, 0, policy, {}, processor, {})
     except Exception as error:  # processors and models bring code of their own
-        raise ValueError(f"this run could not be saved in {config.run_dir}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"this run could not be saved in {config.run_dir}: {reason}") from error
     shutil.rmtree(partial)
 
 
@@ -222,9 +223,10 @@ def is_whole(checkpoint: Path) -> bool:
     """
     try:
         written = json.loads((checkpoint / "checksums.json").read_text())
-        if "trainer.pt" in written and written.items() <= checksums(checkpoint).items():
+        lists_files = isinstance(written, dict) and "trainer.pt" in written
+        if lists_files and written.items() <= checksums(checkpoint).items():
             return True
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         pass
     tqdm.write(f"{checkpoint} is damaged or incomplete")
     return False
