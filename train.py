@@ -64,8 +64,8 @@ class MultimodalGRPOTrainer:
             [p for p in model.parameters() if p.requires_grad], config.learning_rate,
             weight_decay=config.weight_decay)
 
-        self.step = 0            # finished steps
-        self.saved_step = 0      # that of the newest checkpoint
+        self.step = 0             # finished steps
+        self.saved_step = 0       # that of the newest checkpoint
         self.save_failed = False  # the last time; it is tried again after the next step
         self.past_metrics = None  # the text of metrics.jsonl up to it, of a run that is resumed
         self.resume()
@@ -83,7 +83,7 @@ class MultimodalGRPOTrainer:
 
     def train(self) -> None:
         """Train until max_steps; save at the end and after errors. Needs the server."""
-        with owned(self.config.run_dir) if self.rank == 0 else contextlib.nullcontext():
+        with owned(self.config.run_dir):
             self.rehearse_save()
             on_lead(lambda: self.records.open(self.past_metrics))
             self.train_to_the_end()
@@ -100,7 +100,7 @@ class MultimodalGRPOTrainer:
                 self.log(metrics, outputs)
                 self.save_if_due()
         except Exception as error:
-            if self.world == 1 or getattr(error, "on_all_ranks", False):
+            if self.is_on_all_ranks(error):
                 self.try_to_save()  # all ranks must take part
             raise
         self.bar.close()
@@ -367,9 +367,15 @@ class MultimodalGRPOTrainer:
             self.save()
             return True
         except Exception as error:  # disks, models and processors fail in any way
+            if not self.is_on_all_ranks(error):
+                raise
             tqdm.write(f"step {self.step} could not be saved, the newest checkpoint is of step "
                        f"{self.saved_step}: {type(error).__name__}: {error}")
             return False
+
+    def is_on_all_ranks(self, error: Exception) -> bool:
+        """Whether all ranks go on from the same place, and may call what all of them must call."""
+        return self.world == 1 or getattr(error, "on_all_ranks", False)
 
     def rehearse_save(self) -> None:
         """Find out early whether this run can be saved; ValueError if not."""
@@ -403,18 +409,16 @@ def served(config: MultimodalRLConfig):
     if config.trainer_gpus > 1 and "RANK" not in os.environ:
         become_torchrun(config.trainer_gpus)
     rank, _ = join_ranks()
-    with contextlib.ExitStack() as stack:
-        if rank == 0:
-            stack.enter_context(owned(config.run_dir))
-        else:
-            sys.stdout = open(os.devnull, "w")  # rank 0 prints for all
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # rank 0 prints for all
+    with owned(config.run_dir):
         model, processor = load_model(config)
         adapter = load_adapter(config.adapter, processor)
         trainer = MultimodalGRPOTrainer(model, processor.tokenizer, adapter, config)
         trainer.rehearse_save()
-        if rank == 0:
-            stack.enter_context(trainer.server)  # what is wrong up to here needs no such wait
-        yield trainer
+        # What is wrong up to here is known before the long wait for a server.
+        with trainer.server if rank == 0 else contextlib.nullcontext():
+            yield trainer
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from support.ranks import join_ranks, on_lead
 
 
 def save(config, step: int, policy, optimizer, processor, keep: int | None) -> None:
-    """Write run_dir/checkpoint-STEP and leave the `keep` newest (None: all). Every rank calls this.
+    """Write run_dir/checkpoint-STEP and leave the `keep` newest (None: all). All ranks call this.
 
     On an error, which every rank gets, all earlier checkpoints are still there. ValueError if a
     weight is not finite.
@@ -42,7 +42,7 @@ def save_on_lead(config, step: int, policy, weights: dict, moments: dict, proces
                  keep: int | None) -> None:
     for name, weight in weights.items():
         if weight.is_floating_point() and not weight.isfinite().all():
-            raise ValueError(f"step {step}: the weights are not finite ({name}), and are not saved; "
+            raise ValueError(f"step {step}: the weights are not finite ({name}) and are not saved; "
                              "lower learning_rate and resume from an earlier checkpoint")
     run_dir, merged = config.run_dir, merge_adapters(weights)
     partial, target = run_dir / "unfinished", run_dir / f"checkpoint-{step}"
@@ -90,7 +90,7 @@ def write(folder: Path, config, step: int, policy, weights: dict, processor, sta
 
 
 def set_aside_from(run_dir: Path, step: int) -> None:
-    """Move away the checkpoints from this step on, which a run that was resumed earlier had left."""
+    """Move away the checkpoints from this step on: they are of another course of the run."""
     later = [path for found, path in own_checkpoints(run_dir).items() if found >= step]
     in_the_way = run_dir / f"checkpoint-{step}"
     if os.path.lexists(in_the_way) and in_the_way not in later:
@@ -170,6 +170,7 @@ def load(path: Path, model, optimizer, config) -> tuple[int, str]:
     Every rank must call this. ValueError if the checkpoint is of another model or lora_rank.
     """
     state = read_state(path)
+    changes = ", ".join(config_changes(json.loads(state.get("config", "{}")), config))
     weights = state["unmerged"]
     if weights is None:
         weights = type(model).from_pretrained(path, dtype=model.dtype).state_dict()
@@ -177,7 +178,8 @@ def load(path: Path, model, optimizer, config) -> tuple[int, str]:
         sharded.set_state_dict(model, optimizer, model_state_dict=weights,
                                optim_state_dict=state["optimizer"], options=FULL)
     except RuntimeError as error:
-        raise ValueError(f"{path} is of another model or lora_rank: {error!s:.300}") from error
+        raise ValueError(f"{path} is of another model or lora_rank, or less of it was trained "
+                         f"({changes}): {error!s:.300}") from error
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state_all(state["cuda"])
     random.setstate(state["python"])
@@ -186,9 +188,8 @@ def load(path: Path, model, optimizer, config) -> tuple[int, str]:
         group["lr"] = config.learning_rate
         group["weight_decay"] = config.weight_decay
     tqdm.write(f"resumed from {path}, step {state['step']} of {config.max_steps}")
-    changes = config_changes(json.loads(state.get("config", "{}")), config)
     if changes:
-        tqdm.write("resumed with other values than it had until then: " + ", ".join(changes))
+        tqdm.write(f"resumed with other values than it had until then: {changes}")
     return state["step"], state["metrics"]
 
 

@@ -120,7 +120,7 @@ class MultimodalRLConfig:
             raise ValueError("enable_sleep_mode needs async_steps = 0 and sync_to_vllm_every = 1")
 
     def check_folder(self) -> None:
-        """The run folder must be below output_dir: it is renamed as a whole if a run starts anew."""
+        """The run folder must be below output_dir: a run that starts anew renames all of it."""
         if not self.output_dir.strip():
             raise ValueError("output_dir must not be empty (an unset shell variable?)")
         name = Path(self.run_name)
@@ -215,9 +215,10 @@ def find_paths(values: dict, folders: list[Path]) -> dict:
         if isinstance(values.get(key), str):
             found[key] = find_path(values[key], folders)
     if isinstance(values.get("inference_args"), dict):
-        flags = values["inference_args"]
-        found["inference_args"] = flags | {flag: find_path(flags[flag], folders) for flag in PATH_FLAGS
-                                           if isinstance(flags.get(flag), str)}
+        found["inference_args"] = dict(values["inference_args"])
+        for flag in PATH_FLAGS:
+            if isinstance(values["inference_args"].get(flag), str):
+                found["inference_args"][flag] = find_path(values["inference_args"][flag], folders)
     if isinstance(values.get("output_dir"), str):
         found["output_dir"] = os.path.expanduser(values["output_dir"])
     return found
@@ -233,7 +234,7 @@ def find_path(value: str, folders: list[Path]) -> str:
 
 
 def check_model_path(model, folders: list[Path]) -> None:
-    """ValueError if this can only be a path, and is none: names of the hub are NAME or OWNER/NAME."""
+    """ValueError if this can only be a path, and is none. The hub has NAME and OWNER/NAME."""
     looks_like_path = isinstance(model, str) and (model.startswith((".", "/", "~"))
                                                   or model.endswith("/") or model.count("/") > 1)
     if looks_like_path and not Path(model).exists():
@@ -325,7 +326,7 @@ def command_line(program: str) -> MultimodalRLConfig:
 
 
 def on_stop(handler) -> None:
-    """handler(number, frame) at each stop signal, but for a SIGHUP that `nohup` has switched off."""
+    """Call handler(number, frame) at each stop signal, but for a SIGHUP that `nohup` ignores."""
     def handle(number: int, frame) -> None:
         if number == signal.SIGHUP:
             leave_terminal()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from support.ranks import join_ranks
+
 OWNED = set()  # the run folders of this process
 
 
@@ -15,11 +17,11 @@ OWNED = set()  # the run folders of this process
 def owned(folder: Path):
     """Own a run folder, and make it; inside of itself, in one process, it changes nothing.
 
-    The lock is folder.lock, and ends with the process that holds it. ValueError names its owner if
+    Of several ranks rank 0 owns it for all. The lock is folder.lock, and ends with the process that holds it. ValueError names its owner if
     that is another process, and says so if the folder cannot be written.
     """
     place = folder.resolve()
-    if place in OWNED:
+    if place in OWNED or join_ranks()[0] > 0:
         yield
         return
     try:

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import train
 from adapter import MultimodalAdapter
@@ -484,13 +484,14 @@ def test_a_run_under_nohup_goes_on_when_the_terminal_is_closed(tmp_path):
 
 # ---- GPUs
 
-@pytest.mark.parametrize("visible, gpus, server, trainer", [
+@pytest.mark.parametrize("visible, gpus, for_server, for_trainer", [
     (None, 1, "0", 1), (None, 2, "0,1", 2), ("5", 1, "5", 1), ("3,1", 1, "3", 1),
     ("6, 7,2", 2, "6,7", 2), ("GPU-1f,GPU-2e", 1, "GPU-1f", 1),
     ("MIG-a,MIG-b", 1, "MIG-a", 0), ("MIG-GPU-x/1/0,MIG-GPU-x/2/0,4", 2,
                                     "MIG-GPU-x/1/0,MIG-GPU-x/2/0", 2),
 ])
-def test_gpus_are_positions_in_the_users_list(tmp_path, monkeypatch, visible, gpus, server, trainer):
+def test_gpus_are_positions_in_the_users_list(
+        tmp_path, monkeypatch, visible, gpus, for_server, for_trainer):
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
@@ -499,14 +500,14 @@ def test_gpus_are_positions_in_the_users_list(tmp_path, monkeypatch, visible, gp
     config = MultimodalRLConfig(model=TINY, inference_gpus=gpus)
     if visible != "5":  # which has none for the trainer
         load_model(config)
-        assert used == [trainer]
+        assert used == [for_trainer]
         own = "MIG-b" if visible == "MIG-a,MIG-b" else visible
         assert os.environ.get("CUDA_VISIBLE_DEVICES") == own
     started = {}
     monkeypatch.setattr(subprocess, "Popen", lambda _, env, **__: started.update(env))
     for _ in range(2):  # also when it is started again
         vllm_process.start(config, tmp_path / "log")
-        assert started["CUDA_VISIBLE_DEVICES"] == server
+        assert started["CUDA_VISIBLE_DEVICES"] == for_server
 
 
 def pretend_cuda(monkeypatch) -> list[int]:
@@ -522,7 +523,7 @@ def pretend_cuda(monkeypatch) -> list[int]:
 def test_too_short_a_list_of_gpus_is_refused(monkeypatch, visible, gpus):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     pretend_cuda(monkeypatch)
-    with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES={visible} shows .* GPUs that infer"):
+    with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES={visible} shows .* GPUs that inf"):
         load_model(MultimodalRLConfig(model=TINY, inference_gpus=gpus))
 
 
@@ -687,7 +688,7 @@ def test_a_name_that_may_be_of_the_hub_is_first_said_to_be_no_folder(monkeypatch
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", offline)
     monkeypatch.chdir(tmp_path)
     for name in ("models/tiny-qwen2-vl", "tiny"):
-        with pytest.raises(ValueError, match=f"^model: there is no folder '{name}' in .*{tmp_path}"):
+        with pytest.raises(ValueError, match=f"^model: there is no folder '{name}' .*{tmp_path}"):
             load_model(MultimodalRLConfig(model=name))
     (tmp_path / "tiny").mkdir()
     with pytest.raises(ValueError, match="^model: tiny does not hold a whole model"):
@@ -707,13 +708,20 @@ def test_train_runs_from_another_folder(tmp_path, words, said):
     assert run.stderr.startswith("error: ") and said in run.stderr.replace("()", "..")
 
 
-def test_the_processor_of_an_adapter_without_one_is_the_tokenizer(tmp_path):
-    """Nothing of a rehearsal or a save asks for more than a tokenizer."""
+def test_an_adapter_without_a_processor_is_rehearsed_and_saved_with_the_tokenizer(tmp_path):
     trainer = make_trainer(output_dir=str(tmp_path))
     plain = train.MultimodalGRPOTrainer(trainer.model, trainer.tokenizer, MultimodalAdapter(),
                                         trainer.config)
     plain.rehearse_save()
     at_step(plain, 1)
     assert is_whole(tmp_path / "run" / "checkpoint-1")
-    assert AutoProcessor.from_pretrained(TINY).tokenizer.get_vocab() == (
-        plain.tokenizer.get_vocab())
+    again = AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint-1")
+    assert again.get_vocab() == plain.tokenizer.get_vocab()
+
+
+def test_a_resume_that_trains_more_of_the_model_says_which_key_that_is(tmp_path):
+    trainer = without_server(make_trainer(output_dir=str(tmp_path), max_steps=1,
+                                          freeze_vision=True))
+    trainer.train()
+    with pytest.raises(ValueError, match="less of it was trained .*freeze_vision: true -> false"):
+        make_trainer(output_dir=str(tmp_path), resume=True)
