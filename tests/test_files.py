@@ -461,6 +461,29 @@ def test_sighup_finishes_the_step_and_saves(tmp_path):
         assert is_whole(tmp_path / "run" / f"checkpoint-{steps}")
 
 
+STARTS = """
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+sys.path[:0] = [{root!r}]
+from support.config import command_line, mistakes
+
+sys.argv = ["x.py", "@", {root!r} + "/config.toml"]
+with mistakes():
+    command_line("x.py")
+    try:
+        signal.raise_signal(signal.SIGHUP)
+    finally:
+        print("the server was stopped", file=open({out!r}, "w"))
+"""
+
+
+def test_sighup_before_the_first_step_stops_the_server_that_is_starting(tmp_path):
+    script = STARTS.format(root=str(ROOT), out=str(tmp_path / "out"))
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=120)
+    assert run.returncode == 128 + signal.SIGHUP
+    assert (tmp_path / "out").read_text() == "the server was stopped\n"
+
+
 def test_a_closed_terminal_which_takes_no_line_and_hangs_up_twice_is_a_sigterm(tmp_path):
     terminal, end = pty.openpty()
     with run_of(tmp_path, stdin=end, stdout=end, stderr=end) as run:
