@@ -2,15 +2,15 @@
 
 The names of the shapes, here and everywhere: B completions in the step, L padded length, G
 completions per prompt (the group), P prompts, V vocabulary; in a micro-batch b completions, with N
-tokens in the loss. A row is [prompt | completion | padding]. Position t of every (B, L) tensor speaks of token t of input_ids: logprobs[:, t] scores
-input_ids[:, t], so column 0 is 0 and masked.
+tokens in the loss. A row is [prompt | completion | padding]. Position t of every (B, L) tensor
+speaks of token t of input_ids: logprobs[:, t] scores input_ids[:, t], so column 0 is 0 and masked.
 
 Where the tensors come from is the adapter's business. What may be wrong with them without an error
 anywhere later is checked here, when a batch is made.
 """
 import copy
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -81,8 +81,7 @@ class MultimodalBatch:
                              "or between its tokens (a tokenizer needs padding_side='right')")
         if (self.loss_mask > self.attention_mask).any():
             raise ValueError("loss_mask: padding, where attention_mask is 0, cannot be trained on")
-        before = self.attention_mask.bool() & (self.loss_mask.cumsum(1) == 0)
-        prompts = torch.where(before, self.input_ids, -1)  # (B, L)
+        prompts = torch.where(self.before_completion(), self.input_ids, -1)  # (B, L)
         first_row = {}
         for row in self.loss_mask.any(1).nonzero()[:, 0].tolist():
             prompt = self.prompt_index[row].item()
@@ -130,7 +129,7 @@ class MultimodalBatch:
         """
         sampled = torch.isin(self.input_ids, torch.tensor(token_ids)) & self.loss_mask.bool()
         before = sampled.cumsum(1) == 0
-        return replace(self, **{name: getattr(self, name) * before for name in PER_TOKEN})
+        return self.with_fields(**{name: getattr(self, name) * before for name in PER_TOKEN})
 
     def select(self, rows: list[int]) -> "MultimodalBatch":
         """The given rows, trimmed to their longest, with the images of their prompts alone."""
@@ -142,7 +141,7 @@ class MultimodalBatch:
         advantages = None
         if self.advantages is not None:
             advantages = self.advantages[rows]
-        return MultimodalBatch(
+        return self.with_fields(
             **{name: getattr(self, name)[rows, :width] for name in PER_TOKEN},
             rewards=self.rewards[rows], advantages=advantages, prompt_index=prompt_index,
             pixel_values=images.pop("pixel_values", None), extra_model_kwargs=tokens | images,
@@ -193,18 +192,24 @@ class MultimodalBatch:
         return [self.select(rows[i:i + size]) for i in range(0, len(rows), size)]
 
     def to(self, device) -> "MultimodalBatch":
-        """The batch on this device. It was checked where it was made, and is not checked again."""
-        moved = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(moved, name, value.to(device))
-        moved.extra_model_kwargs = {k: v.to(device) for k, v in self.extra_model_kwargs.items()}
-        return moved
+        """The batch on this device."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        extra = {k: v.to(device) for k, v in self.extra_model_kwargs.items()}
+        return self.with_fields(**moved, extra_model_kwargs=extra)
+
+    def with_fields(self, **fields) -> "MultimodalBatch":
+        """A copy with other fields, made of this batch's own, which are not checked again."""
+        batch = copy.copy(self)
+        vars(batch).update(fields)
+        return batch
+
+    def before_completion(self) -> Tensor:
+        """(B, L) bool: the tokens before the first sampled one of their row."""
+        return self.attention_mask.bool() & (self.loss_mask.cumsum(1) == 0)
 
     def spans(self) -> tuple[list[int], list[int]]:
         """Where the completion of each row starts (its first sampled token) and where it ends."""
-        before = self.attention_mask * (self.loss_mask.cumsum(1) == 0)
-        return before.sum(1).tolist(), self.attention_mask.sum(1).tolist()
+        return self.before_completion().sum(1).tolist(), self.attention_mask.sum(1).tolist()
 
     def first_rows(self) -> list[int]:
         """For each prompt the first of its rows."""

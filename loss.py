@@ -3,8 +3,8 @@
 Where it departs from the paper, and why:
 - Advantages are not divided by the standard deviation of their group unless asked for, because
   that weighs prompts by how alike their rewards are (Dr. GRPO, arXiv 2503.20783).
-- The loss is a mean over all tokens of the optimizer step. A mean per completion would favour long wrong
-  answers (DAPO, arXiv 2503.14476, from which the two separate clip bounds come, too).
+- The loss is a mean over all tokens of the optimizer step. A mean per completion would favour long
+  wrong answers (DAPO, arXiv 2503.14476, from which the two separate clip bounds come, too).
 - The importance ratio is taken against the logprobs that the server recorded while it sampled.
   Tokens whose ratio leaves the mask bounds are left out of the loss: there the two policies differ
   by more than a ratio can correct.

@@ -1,10 +1,10 @@
 """The model as a policy: the logprobs of sampled tokens, with each prompt forwarded once.
 
 A group of G completions shares one long prompt, most of it an image. The prompt is forwarded once
-for all its completions in a micro-batch, through the vision tower too. Its key-value cache is forked into one line per completion, and the
-gradients of all completions flow back through the cache and add up in the one prompt. The result
-is that of forwarding each completion with its own prompt, which is the other way here (row by row)
-and what the first is held against at start-up.
+for all its completions in a micro-batch, through the vision tower too. Its key-value cache is
+forked into one line per completion, and the gradients of all completions flow back through the
+cache and add up in the one prompt. The result is that of forwarding each completion with its own
+prompt, which is the other way here (row by row) and what the first is held against at start-up.
 
 What of the model trains is decided here, too: LoRA adapters, a frozen vision tower, FSDP shards.
 """
@@ -33,7 +33,7 @@ class Policy(torch.nn.Module):
         self.banned = vision_token_ids(model.config)
         # Evaluation mode, because dropout would make the trainer another policy than the one that
         # sampled. Hugging Face checkpoints gradients only in training mode, and then without a
-        # cache: with gradient_checkpointing a model whose config has dropout gets it.
+        # cache: with gradient_checkpointing the dropout that a model's config asks for is active.
         model.train(config.gradient_checkpointing)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -77,7 +77,7 @@ class MultimodalGRPOTrainer:
         self.checked = False                 # whether server and sharing were, on the first batch
         self.bad_steps = 0                   # optimizer steps in a row without finite numbers
         self.stopping = 0                    # the signal that asked to stop
-        self.seconds = {"sync": 0.0}         # of each act of the step at hand
+        self.seconds = {}                    # of each act of the step at hand
 
     def train(self) -> None:
         """Train until max_steps; save at the end and after errors. Needs the server."""
@@ -324,11 +324,12 @@ class MultimodalGRPOTrainer:
 
     def log(self, metrics: dict[str, float], outputs: GenerateOutputs) -> None:
         """A line of metrics.jsonl; every log_every_steps a few completions and their images."""
-        seconds = {f"seconds_{name}": value for name, value in self.seconds.items()}
+        seconds = {"seconds_sync": 0.0}  # of a step without one
+        seconds |= {f"seconds_{name}": value for name, value in self.seconds.items()}
         spent = self.seconds.get("rollout", 0) + self.seconds["train"]
         metrics = {**metrics, "tokens_per_second": metrics["tokens"] / spent,
                    "staleness": self.step - 1 - outputs.weight_version, **seconds}
-        self.seconds = {"sync": 0.0}
+        self.seconds = {}
         on_lead(lambda: self.records.write_step(metrics, outputs, self.tokenizer))
         self.bar.set_postfix({name: metrics[name] for name in SHOWN}, refresh=False)
         self.bar.update()

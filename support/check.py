@@ -2,10 +2,10 @@
 
 Does the server compute the same policy as the trainer (server), and does forwarding each prompt
 once change anything (sharing)? `python -m support.check MODEL [--server URL]` asks a real vLLM
-server whether a model can be trained: it sends prompts with 0, 1 and 2 images of odd sizes, compares prompt
-ids and logprobs with the trainer's, pushes perturbed weights twice and compares again. One line per
-image count and weight version, a verdict at the end; exit code 0 if the model is safe to train, 1
-if not.
+server whether a model can be trained: it sends prompts with 0, 1 and 2 images of odd sizes,
+compares prompt ids and logprobs with the trainer's, pushes perturbed weights twice and compares
+again. One line per image count and weight version, a verdict at the end; exit code 0 if the model
+is safe to train, 1 if not.
 """
 import argparse
 import json
