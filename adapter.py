@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from batch import MultimodalBatch
 from rollout import GenerateOutputs
+from support.prompts import (clean_prompt, processor_options, reserved_strings, server_template,
+                             template_options)
 
 
 class MultimodalAdapter:
@@ -23,10 +25,15 @@ class MultimodalAdapter:
     """
     processor = None
     tokenizer = None
+    server_args = {}  # the server's flags; the trainer sets those of its config
 
     def __init__(self, processor=None, tokenizer=None):
         self.processor = processor
         self.tokenizer = tokenizer or getattr(processor, "tokenizer", None)
+
+    def reserved(self) -> list[str]:
+        """The strings that this adapter's processor takes for images."""
+        return reserved_strings(self.tokenizer, processor=self.processor)
 
     def build_batch(self, outputs: GenerateOutputs) -> MultimodalBatch:
         """One (B, L) row per completion; ValueError if the server read a prompt otherwise."""
@@ -70,13 +77,18 @@ class MultimodalAdapter:
         """All that the processor makes of one prompt with these PIL images."""
         if self.processor is None:
             raise ValueError("MultimodalAdapter() has no processor; pass one or write build_batch")
-        messages = [{**message, "content": placeholders(message["content"])} for message in prompt]
-        text = self.processor.apply_chat_template(messages, tokenize=False,
-                                                  add_generation_prompt=True)
+        messages = [{**message, "content": placeholders(message["content"])}
+                    for message in clean_prompt(prompt, images, self.reserved())]
+        # Of the template's two places vLLM, too, takes the tokenizer's where the first has none.
+        template = (server_template(self.server_args) or self.processor.chat_template
+                    or self.tokenizer.get_chat_template())
+        text = self.processor.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True,
+            **template_options(self.server_args))
         # With a nested list of images, or special tokens added, some families misread the images
         # or begin with a token that the server does not have.
         encoded = self.processor(text=[text], images=images or None, add_special_tokens=False,
-                                 return_tensors="pt")
+                                 return_tensors="pt", **processor_options(self.server_args))
         tensors = {key: tensor for key, tensor in encoded.items() if tensor is not None}
         for key, tensor in tensors.items():
             if tensor.is_floating_point():  # one family's are bfloat16
@@ -107,11 +119,7 @@ def placeholders(content: str | list[dict]) -> str | list[dict]:
     """A message's content as chat templates want it: of an image only that it stands there."""
     if isinstance(content, str):
         return content
-    parts = []
-    for part in content:
-        is_image = part["type"] in ("image", "image_url")
-        parts.append({"type": "image"} if is_image else part)
-    return parts
+    return [part if part["type"] == "text" else {"type": "image"} for part in content]
 
 
 def collate(encoded: list[dict], prompt_index: Tensor, length: int) -> tuple[dict, dict]:

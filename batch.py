@@ -16,8 +16,35 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-PER_TOKEN = ("input_ids", "attention_mask", "loss_mask", "behavior_logprobs")  # (B, L)
-PER_ROW = ("rewards", "prompt_index", "advantages")                            # (B,)
+# What each tensor of a batch holds. Integers and masks become int64, numbers fp32.
+PER_TOKEN = {"input_ids": "integers", "attention_mask": "mask", "loss_mask": "mask",
+             "behavior_logprobs": "logprobs"}                                            # (B, L)
+PER_ROW = {"rewards": "numbers", "prompt_index": "integers", "advantages": "numbers"}    # (B,)
+HALF = (torch.bfloat16, torch.float16)
+
+
+def checked(name: str, value, kind: str, shape: tuple | None = None) -> Tensor:
+    """The tensor in the type of its kind; ValueError if it has not what its name says."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, not {type(value).__name__}")
+    if shape and value.shape != shape:
+        raise ValueError(f"{name} is {tuple(value.shape)}, but must be {tuple(shape)}: "
+                         "(B, L) of input_ids, or (B,)")
+    is_float = value.is_floating_point()
+    fits = True
+    if kind == "integers":
+        fits = not is_float and value.dtype != torch.bool and (value >= 0).all()
+    elif kind == "mask":
+        fits = ((value == 0) | (value == 1)).all()
+    elif kind == "pixels":
+        fits = is_float  # else no processor made them
+    elif kind == "logprobs":
+        fits = is_float and value.dtype not in HALF  # else what a ratio depends on is lost
+    if value.is_complex() or not fits:
+        raise ValueError(f"{name} of {value.dtype} must be {kind}: {value.flatten()[:8].tolist()}")
+    if kind in ("integers", "mask"):
+        return value.long()
+    return value.float() if is_float or kind == "numbers" else value
 
 
 @dataclass
@@ -52,25 +79,28 @@ class MultimodalBatch:
 
     def __post_init__(self):
         if self.prompt_index is None:
-            self.prompt_index = torch.arange(len(self))
-        self.check_shapes()
+            self.prompt_index = torch.arange(len(self.input_ids))
+        self.check_types()
         self.check_tokens()
-        self.image_rows = {key: self.image_rows.get(key) or self.one_image_per_row(key, tensor)
-                           for key, tensor in self.image_tensors().items()}
-        for key, tensor in self.image_tensors().items():
-            counts = self.image_rows[key]
-            if sum(counts) != len(tensor) or len(counts) <= self.prompt_index.max():
-                raise ValueError(f"{key} has {len(tensor)} entries: image_rows[{key!r}] must have "
-                                 f"a number for each prompt, and these must add up to it")
+        self.check_numbers()
+        self.check_images()
 
-    def check_shapes(self) -> None:
-        B, L = self.input_ids.shape
-        wanted = dict.fromkeys(PER_TOKEN, (B, L)) | dict.fromkeys(PER_ROW, (B,))
-        for name, shape in wanted.items():
-            tensor = getattr(self, name)
-            if tensor is not None and tensor.shape != shape:
-                raise ValueError(f"{name} is {tuple(tensor.shape)}, but must be {shape}: "
-                                 "(B, L) of input_ids, or (B,)")
+    def check_types(self) -> None:
+        """Every field as a tensor of its shape and type, or a ValueError with its name."""
+        self.input_ids = checked("input_ids", self.input_ids, "integers")
+        if self.input_ids.dim() != 2 or not self.input_ids.numel():
+            raise ValueError(f"input_ids is {tuple(self.input_ids.shape)}, but must be (B, L)")
+        B_L = self.input_ids.shape
+        for name, kind in PER_TOKEN.items():
+            setattr(self, name, checked(name, getattr(self, name), kind, B_L))
+        for name, kind in PER_ROW.items():
+            if name != "advantages" or self.advantages is not None:
+                setattr(self, name, checked(name, getattr(self, name), kind, B_L[:1]))
+        if self.pixel_values is not None:
+            self.pixel_values = checked("pixel_values", self.pixel_values, "pixels")
+        self.extra_model_kwargs = {
+            key: checked(key, tensor, "any", B_L if key.endswith("token_type_ids") else None)
+            for key, tensor in self.extra_model_kwargs.items()}
 
     def check_tokens(self) -> None:
         """Padding and masks that would train other tokens, or after another context, are refused."""
@@ -81,14 +111,63 @@ class MultimodalBatch:
                              "or between its tokens (a tokenizer needs padding_side='right')")
         if (self.loss_mask > self.attention_mask).any():
             raise ValueError("loss_mask: padding, where attention_mask is 0, cannot be trained on")
-        prompts = torch.where(self.before_completion(), self.input_ids, -1)  # (B, L)
-        first_row = {}
-        for row in self.loss_mask.any(1).nonzero()[:, 0].tolist():
-            prompt = self.prompt_index[row].item()
-            first = first_row.setdefault(prompt, row)
-            if not torch.equal(prompts[row], prompts[first]):
-                raise ValueError(f"prompt_index: rows {first} and {row} are of prompt {prompt}, but "
-                                 "their tokens before the first one in the loss are not the same")
+        before = self.before_completion()  # (B, L)
+        rows = self.loss_mask.any(1).nonzero()[:, 0].tolist()
+        prompts, first_row = self.prompt_index.tolist(), {}
+        firsts = [first_row.setdefault(prompts[row], row) for row in rows]  # that of their prompt
+        for name, tensor in {"tokens": self.input_ids, **self.token_tensors()}.items():
+            shown = torch.where(before, tensor, -1)
+            differs = (shown[rows] != shown[firsts]).any(1).tolist()
+            if any(differs):
+                at = differs.index(True)
+                raise ValueError(f"prompt_index: rows {firsts[at]} and {rows[at]} are of prompt "
+                                 f"{prompts[rows[at]]}, but their {name} before the first one in "
+                                 "the loss are not the same")
+
+    def check_numbers(self) -> None:
+        """A NaN would be masked later, and train nothing without a word; so it is refused."""
+        mask = self.loss_mask.bool()
+        trained = self.behavior_logprobs[mask]  # (N,)
+        if (trained > 0).any() and not (trained < 0).any():
+            raise ValueError("behavior_logprobs: none is negative, so they are probabilities or "
+                             "have another sign, but not logprobs")
+        # What was recorded of tokens that are not trained means nothing, and may be NaN.
+        self.behavior_logprobs = torch.where(mask, self.behavior_logprobs, 0.0)
+        for name in ("behavior_logprobs", "rewards", "advantages"):
+            values = getattr(self, name)
+            if values is not None and not values.isfinite().all():
+                raise ValueError(f"{name} must be finite, not so at "
+                                 f"{(~values.isfinite()).nonzero()[0].tolist()}")
+
+    def check_images(self) -> None:
+        """Every prompt has its own images: of each image tensor a number of entries, in order."""
+        tensors = self.image_tensors()
+        unknown = self.image_rows.keys() - tensors.keys()
+        if unknown:
+            raise ValueError(f"image_rows: {sorted(unknown)} are no image tensors of this batch")
+        given, self.image_rows = self.image_rows, {}
+        for key, tensor in tensors.items():
+            if key in given:
+                counts = [int(count) for count in given[key]]
+            else:
+                counts = self.one_image_per_row(key, tensor)
+            self.image_rows[key] = counts
+            fits = sum(counts) == len(tensor) and len(counts) > self.prompt_index.max()
+            if not fits or min(counts) < 0:
+                raise ValueError(f"{key} has {len(tensor)} entries: image_rows[{key!r}] must have "
+                                 f"a number for each prompt, and these must add up to it")
+        self.check_grids()
+
+    def check_grids(self) -> None:
+        """Patches go by the lines of image_grid_thw, in each prompt and not only in all of them."""
+        grids = self.extra_model_kwargs.get("image_grid_thw")  # (images, 3)
+        if grids is None or self.pixel_values is None or grids.prod(1).sum() != len(self.pixel_values):
+            return  # without images, or of a family that counts otherwise
+        lines = grids.prod(1).split(self.image_rows["image_grid_thw"])
+        patches = [line.sum().item() for line in lines]
+        if patches != self.image_rows["pixel_values"]:
+            raise ValueError(f"image_rows: the prompts have {self.image_rows['pixel_values']} rows "
+                             f"of pixel_values, but by image_grid_thw {patches}")
 
     def one_image_per_row(self, key: str, tensor: Tensor) -> list[int]:
         """How many entries of an image tensor belong to each row, when each shows one image."""
@@ -106,7 +185,8 @@ class MultimodalBatch:
     def token_tensors(self) -> dict[str, Tensor]:
         """The (B, L) tensors among extra_model_kwargs."""
         shape = self.input_ids.shape
-        return {k: v for k, v in self.extra_model_kwargs.items() if v.shape == shape}
+        return {k: v for k, v in self.extra_model_kwargs.items()
+                if v.shape == shape and k not in self.image_rows}
 
     def image_tensors(self) -> dict[str, Tensor]:
         """All other model inputs: images along dim 0, by prompts."""

@@ -20,9 +20,11 @@ def group_advantages(rewards: Tensor, groups: Tensor, divide_by_std: bool = Fals
 
         A_i = r_i - mean(r)    or    (r_i - mean(r)) / std(r)    over the group of i
 
-    rewards and groups are (B,); the completions with the same number in groups form a group.
+    rewards and groups are (B,), of any type of number; the completions with the same number in groups form a group.
     Returns (B,) advantages. They are exactly 0 where all rewards of a group are equal.
     """
+    if not rewards.is_floating_point():
+        rewards = rewards.float()  # the mean of integers is none
     advantages = torch.zeros_like(rewards)
     for group in groups.unique():
         members = groups == group
@@ -45,6 +47,7 @@ def token_logprobs(hidden: Tensor, targets: Tensor, head, temperature: float,
     logits at most max_logits exist at a time: the head runs chunk by chunk, and once more in the
     backward pass.
     """
+    head = exact_head(head)
     vocabulary = getattr(head, "out_features", 2**18)
     rows = max(1, max_logits // vocabulary)
     logprobs, entropies = [], []
@@ -59,15 +62,50 @@ def token_logprobs(hidden: Tensor, targets: Tensor, head, temperature: float,
 def chunk_logprobs(hidden: Tensor, targets: Tensor, head, temperature: float,
                    banned: list[int]) -> tuple[Tensor, Tensor]:
     """token_logprobs of n positions, with all of their (n, V) logits at once."""
-    logits = head(hidden).float()                        # (n, V)
-    logits[:, banned] -= 100
-    logits = logits / temperature
+    logits = head(hidden).float() / temperature          # (n, V), a new tensor
+    logits[:, banned] -= 100 / temperature
     log_z = logits.logsumexp(-1)                         # (n,)
-    with torch.no_grad():  # the entropy is a metric: H = log Z - sum_v p_v logit_v
-        p = (logits - log_z[:, None]).exp_()             # (n, V)
-        entropies = log_z - p.mul_(logits).sum(-1)       # (n,)
+    with torch.no_grad():  # the entropy is a metric: H = -sum_v p_v log p_v, 0 where p_v is 0
+        p = (logits - log_z[:, None]).exp_().clamp_(max=1)           # (n, V)
+        entropies = torch.special.entr(p, out=p).sum(-1)             # (n,)
     chosen = logits.gather(1, targets[:, None])[:, 0]    # (n,)
     return chosen - log_z, entropies
+
+
+class InLowPrecision(torch.autograd.Function):
+    """A weight as it is computed with, bf16 for example, whose gradient goes on in fp32."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, low: Tensor) -> Tensor:
+        return low.view_as(low)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient.float(), None
+
+
+def exact_head(head):
+    """The head, but the gradients of its weights from all chunks add up in fp32.
+
+    In bf16 every addition rounds, by more the larger the sum is: with 512 chunks the gradient would
+    be 2 % off, instead of 0.3 % with one. Heads other than plain linear layers stay as they are.
+    """
+    if type(head) is not torch.nn.Linear:
+        return head
+    device, dtype = head.weight.device.type, head.weight.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return head
+    low = {name: weight.detach().to(dtype) for name, weight in head.named_parameters()}
+    sums = {name: weight.float() for name, weight in head.named_parameters()}
+
+    def forward(hidden: Tensor) -> Tensor:
+        weights = {name: InLowPrecision.apply(sums[name], low[name]) for name in low}
+        return torch.func.functional_call(head, weights, (hidden,))
+
+    forward.out_features = head.out_features
+    return forward
 
 
 def grpo_loss(logprobs: Tensor, entropies: Tensor, behavior_logprobs: Tensor, advantages: Tensor,
@@ -92,7 +130,8 @@ def grpo_loss(logprobs: Tensor, entropies: Tensor, behavior_logprobs: Tensor, ad
     log_ratio = torch.where(mask, logprobs - behavior_logprobs, 0.0)
     log_ratio = log_ratio.clamp(-20, 20)  # far outside of the mask bounds, where exp() overflows
     ratio = log_ratio.exp()
-    keep = mask & (ratio >= mask_ratio_low) & (ratio <= mask_ratio_high)
+    outside = (ratio < mask_ratio_low) | (ratio > mask_ratio_high)
+    keep = mask & ~outside  # a NaN is not outside: it shows in the loss, instead of being left out
 
     plain = ratio * advantages[:, None]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages[:, None]

@@ -21,6 +21,7 @@ from PIL import Image
 
 from support.http import ServerError, call
 from support.images import load_image, png_data_uri
+from support.prompts import clean_prompt, row_prompt, template_options
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Environment:
 
     A row is {"prompt": chat messages, "answer": str, "info": dict (optional)}; other keys reach
     adapters through `state`. Images are message parts {"type": "image", "image": SOURCE} or
-    {"type": "image_url", "image_url": {"url": SOURCE}}, SOURCE as in support.images.load_image. A
+    {"type": "image_url", "image_url": {"url": SOURCE}}, SOURCE as in support.images.load_image; or
+    stand in a column `images`, and parts {"type": "image"} or <image> in a text say where. A
     completion's reward is the weighted sum of the f(completion, answer, **info), which are called
     from any thread.
     """
@@ -96,6 +98,9 @@ class GenerateOutputs:
     dropped: list[str] = field(default_factory=list)  # why some completions are missing
     weight_version: int = 0  # the step whose weights the server had when these began
 
+    def __post_init__(self):
+        self.reward = [reward_number(reward) for reward in self.reward]
+
     @classmethod
     def from_rollouts(cls, rollouts: list[Rollout], dropped: Sequence[str] = ()):
         """At least one rollout; all of them scored by the same reward functions."""
@@ -112,11 +117,23 @@ class GenerateOutputs:
             columns[prefix + name] = values
         return {name: sum(values) / len(values) for name, values in columns.items()}
 
+    def groups(self) -> list[int]:
+        """Of each completion the number of its group: equal where the example_id is, of any type."""
+        numbers = {}
+        return [numbers.setdefault(example, len(numbers)) for example in self.example_id]
+
     def __getitem__(self, name: str):
         return getattr(self, name)
 
     def __len__(self) -> int:
         return len(self.completion_ids)
+
+
+def reward_number(reward) -> float:
+    """A reward that was given as {"reward": x} is x."""
+    if isinstance(reward, dict):
+        return reward["reward"]
+    return reward
 
 
 def load_environment(env_id: str, args: dict) -> Environment:
@@ -146,19 +163,19 @@ def find_loader(env_id: str) -> Callable[..., Environment]:
 def render_prompt(prompt: list[dict]) -> tuple[list[dict], list[Image.Image]]:
     """Chat messages -> (the same in OpenAI form with PNG data URIs, the images in order)."""
     messages, images = [], []
-    for message in prompt:
-        content = message["content"]
-        if not isinstance(content, str):
-            parts = []
-            for part in content:
-                if part["type"] in ("image", "image_url"):
-                    images.append(load_image(part[part["type"]]))
-                    url = png_data_uri(images[-1])
-                    part = {"type": "image_url", "image_url": {"url": url}}
-                parts.append(part)
-            content = parts
-        messages.append({**message, "content": content})
+    for message in clean_prompt(prompt):
+        if not isinstance(message["content"], str):
+            message["content"] = [render_part(part, images) for part in message["content"]]
+        messages.append(message)
     return messages, images
+
+
+def render_part(part: dict, images: list[Image.Image]) -> dict:
+    """The part in OpenAI form. Its image, if it has one, is added to the images."""
+    if part["type"] == "text":
+        return part
+    images.append(load_image(part[part["type"]]))
+    return {"type": "image_url", "image_url": {"url": png_data_uri(images[-1])}}
 
 
 def first_image_url(messages: list[dict]) -> str | None:
@@ -199,12 +216,13 @@ class Generator:
     """Rolls out an environment's prompts on a vLLM OpenAI server, one request per prompt.
 
     config: MultimodalRLConfig; banned: token ids never sampled; encode(prompt, images) is called
-    once per prompt, while others are still being sampled.
+    once per prompt, while others are still being sampled; reserved: strings that no text may hold.
     """
 
     def __init__(self, environment: Environment, config, banned: list[int] = (),
-                 encode: Callable | None = None):
+                 encode: Callable | None = None, reserved: Sequence[str] = ()):
         self.environment, self.config, self.encode = environment, config, encode
+        self.reserved = reserved
         self.url = config.url
         self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
         atexit.register(self.pool.terminate)
@@ -214,7 +232,8 @@ class Generator:
         self.sampling = {"model": model, "temperature": config.temperature, "top_p": 1.0,
                          "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
                          "max_tokens": config.max_tokens, "return_token_ids": True,
-                         "logprobs": True, "logit_bias": {str(i): -100 for i in banned}}
+                         "logprobs": True, "logit_bias": {str(i): -100 for i in banned},
+                         "chat_template_kwargs": template_options(config.inference_args)}
 
     def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
         return call(f"{self.url}/{route}", body, method, timeout=self.config.generation_timeout)
@@ -277,15 +296,16 @@ class Generator:
     def group(self, job: Job) -> list[Rollout | Failure]:
         """All completions of one prompt."""
         row = job.rows[job.index]
-        messages, images = render_prompt(row["prompt"])
+        prompt = row_prompt(row, self.reserved)
+        messages, images = render_prompt(prompt)
         # Sample i of a request gets its seed + i: neighbouring requests are n apart, none overlap.
         reply = self.call("v1/chat/completions", {
             **self.sampling, "messages": messages, "n": job.n,
             "seed": (self.config.seed << 40) + job.seed})
         encoded = None
         if self.encode:
-            encoded = self.encode(row["prompt"], images)
-        shared = {"prompt": row["prompt"], "answer": row.get("answer", ""),
+            encoded = self.encode(prompt, images)
+        shared = {"prompt": prompt, "answer": row.get("answer", ""),
                   "example_id": job.index, "info": row.get("info") or {},
                   "state": {"image_url": first_image_url(messages), **row}, "images": images,
                   "prompt_ids": reply["prompt_token_ids"], "encoded": encoded}
@@ -297,7 +317,8 @@ class Generator:
         scores = {}
         try:
             for reward in self.environment.rewards:
-                scores[reward.__name__] = reward(text, shared["answer"], **shared["info"])
+                scores[reward.__name__] = reward_number(
+                    reward(text, shared["answer"], **shared["info"]))
             if not all(math.isfinite(score) for score in scores.values()):
                 raise ValueError(f"rewards must be finite numbers, not {scores}")
         except Exception as error:  # reward functions, too, can fail in any way

@@ -29,6 +29,7 @@ from support import check, checkpoint
 from support.config import MultimodalRLConfig, command_line, mistakes
 from support.http import ServerError
 from support.loading import load_model
+from support.prompts import reserved_strings
 from support.ranks import add_up, become_torchrun, join_ranks, on_lead
 from support.records import Records
 from sync import CheckpointSource, Server
@@ -47,6 +48,7 @@ class MultimodalGRPOTrainer:
     def __init__(self, model, tokenizer, adapter: MultimodalAdapter, config: MultimodalRLConfig):
         self.model, self.tokenizer, self.adapter, self.config = model, tokenizer, adapter, config
         self.rank, self.world = join_ranks()
+        adapter.server_args = config.inference_args  # they change how a prompt is read
         self.environment = None
         if config.env_id:
             self.environment = load_environment(config.env_id, config.env_args)
@@ -168,7 +170,9 @@ class MultimodalGRPOTrainer:
             self.server.send(self.source)
         if self.generator is None:
             encode = self.adapter.encode if self.adapter.processor else None
-            self.generator = Generator(self.environment, self.config, self.policy.banned, encode)
+            reserved = reserved_strings(self.tokenizer, self.policy.banned, self.adapter.processor)
+            self.generator = Generator(self.environment, self.config, self.policy.banned, encode,
+                                       reserved)
 
     # ---- act 2: update
 
@@ -198,7 +202,7 @@ class MultimodalGRPOTrainer:
         if self.config.mask_truncated:
             truncated = [reason == "length" for reason in outputs.finish_reason]
             batch.loss_mask[torch.tensor(truncated)] = 0
-        batch.advantages = group_advantages(batch.rewards, torch.tensor(outputs.example_id),
+        batch.advantages = group_advantages(batch.rewards, torch.tensor(outputs.groups()),
                                             self.config.divide_by_std)
         return batch
 
@@ -276,7 +280,7 @@ class MultimodalGRPOTrainer:
     def rollout_metrics(self, batch: MultimodalBatch,
                         outputs: GenerateOutputs) -> dict[str, float]:
         """What the completions of the step were like, whatever is done with them."""
-        groups = torch.tensor(outputs.example_id)
+        groups = torch.tensor(outputs.groups())
         lengths = [float(len(ids)) for ids in outputs.completion_ids]
         trained_groups = len(groups[batch.advantages != 0].unique())
         return {**outputs.means("reward/"), "tokens": batch.loss_mask.sum().item(),

@@ -82,7 +82,7 @@ def server(policy: Policy, micro: MultimodalBatch, must_agree: bool) -> dict[str
     message = (f"trainer and server: logprobs of {len(off)} tokens differ by {found['max']:.1e} "
                f"at most, {found['mean']:.1e} in the mean; KL {found['kl']:.1e}")
     tqdm.write(message)
-    if must_agree and found["mean"] > (1e-4 if is_exact(policy) else 0.05):
+    if must_agree and not found["mean"] <= (1e-4 if is_exact(policy) else 0.05):  # NaN is not
         error = RuntimeError(f"{message}. These are different policies, by {CAUSES}")
         error.on_all_ranks = True
         raise error
@@ -108,8 +108,9 @@ def largest_differences(policy: Policy, batch: MultimodalBatch,
         with torch.no_grad():
             logprobs, _ = policy(micro, share=False)
         off = (logprobs - micro.behavior_logprobs).abs() * micro.loss_mask
-        worst[count] = max(worst.get(count, 0.0), off.max().item())
-    return dict(sorted(worst.items()))
+        found = off.max()
+        worst[count] = torch.maximum(found, worst.get(count, found))  # NaN stays NaN
+    return {count: worst[count].item() for count in sorted(worst)}
 
 
 def perturb(model, generator: torch.Generator) -> None:

@@ -1,62 +1,182 @@
-"""Images as environments give them -> RGB pixels, within limits of time and size."""
+"""Images as environments give them -> RGB pixels of our own, within limits of time and size."""
 import base64
+import contextlib
 import io
+import ipaddress
+import os
+import socket
+import stat
+import threading
 import time
+from pathlib import Path
+from urllib.parse import urljoin, urlsplit
 
+import numpy
 import requests
 from PIL import Image, ImageOps
 
 SECONDS, BYTES = 20, 2**26  # at most, for the download of an image
+PIXELS = 2**25              # at most, of an image: decoded it takes 4 bytes for each
+LARGE = 2**24               # pixels from which on one image at a time is decoded
+REDIRECTS = 5
+USERS_OBJECT = threading.Lock()  # rows share images, and every row is read by a thread of its own
+LARGE_IMAGE = threading.Lock()
 
 
 def load_image(source) -> Image.Image:
-    """RGB pixels of a PIL image, path, URL, data URI, bytes, or a dict that holds one of these.
+    """RGB pixels of a PIL image, array, path, URL, data URI, bytes, file, or a dict with one.
 
-    ValueError says what cannot be read. Refused are animations (which frame is meant?), modes
-    without a known range of values, and images of more than Image.MAX_IMAGE_PIXELS.
+    They are a copy: the source stays as it is. ValueError says what cannot be read. Refused are
+    animations (which frame is meant?), modes without a known range of values, and images of more
+    than PIXELS.
     """
     try:
         image = open_image(source)
-        animated = getattr(image, "is_animated", False) and image.format != "MPO"  # of phones
-        too_large = image.width * image.height > Image.MAX_IMAGE_PIXELS
-        if animated or too_large or image.mode in ("I", "F"):
-            raise ValueError(f"{image.size} pixels, mode {image.mode}, animated: {animated}")
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # Pillow would clip it to white
-            image = image.convert("I").point(lambda value: value / 257).convert("L")
-        white = Image.new("RGBA", image.size, "white")  # as vLLM does with transparency
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        pixels = image.width * image.height
+        if is_animated(image) or pixels > PIXELS or image.mode in ("I", "F"):
+            raise ValueError(f"{image.size} pixels, at most {PIXELS} in all, mode {image.mode}, "
+                             f"animated: {is_animated(image)}")
+        with LARGE_IMAGE if pixels > LARGE else contextlib.nullcontext():
+            return rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders raise nearly anything
         raise ValueError(f"cannot read image {str(source)[:80]!r}: {error}") from error
 
 
+def is_animated(image: Image.Image) -> bool:
+    return getattr(image, "is_animated", False) and image.format != "MPO"  # those are of phones
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB; what is transparent shows white, as in vLLM."""
+    if image.mode.startswith("I;16"):  # Pillow would clip it to white
+        return image.convert("I").point(lambda value: value / 257).convert("L").convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image.convert("RGBA"))
+    return white.convert("RGB")
+
+
 def open_image(source) -> Image.Image:
-    """The image behind a source, not yet decoded."""
+    """The image behind a source, as an object that no other thread has."""
     if isinstance(source, dict):  # OpenAI's, or of Hugging Face datasets, undecoded
-        source = source.get("url") or source.get("bytes") or source.get("path")
+        source = first_value(source, ("url", "bytes", "path"))
     if isinstance(source, Image.Image):
-        return source
+        return own_image(source)
+    if isinstance(source, numpy.ndarray) and source.ndim > 1:
+        return Image.fromarray(source.copy())
+    return Image.open(io.BytesIO(read_bytes(source)))
+
+
+def first_value(source: dict, keys: tuple[str, ...]):
+    """The first of these that is there; in tables of one schema all keys are, most of them None."""
+    for key in keys:
+        if source.get(key) is not None:
+            return source[key]
+    raise ValueError(f"it has none of {', '.join(keys)}")
+
+
+def read_bytes(source) -> bytes:
+    """An image file's content, from a path, URL, data URI, open file, or the bytes themselves."""
     if isinstance(source, str) and source.startswith("data:"):
-        source = base64.b64decode(source.split(",", 1)[1])
-    elif isinstance(source, str) and "://" in source:
-        source = download(source)
-    if isinstance(source, bytes):
-        source = io.BytesIO(source)
-    return Image.open(source)
+        return base64.b64decode(source.split(",", 1)[1])
+    if isinstance(source, str) and "://" in source:
+        return download(source)
+    if isinstance(source, (str, os.PathLike)):
+        if not stat.S_ISREG(os.stat(source).st_mode):  # a pipe would be waited for, for ever
+            raise ValueError("it is no regular file")
+        return Path(source).read_bytes()
+    if isinstance(source, numpy.ndarray) and source.dtype == numpy.uint8:
+        return source.tobytes()
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if hasattr(source, "read"):
+        return read_file(source)
+    raise ValueError(f"a {type(source).__name__} is no image, path, URL, bytes or file")
+
+
+def read_file(file) -> bytes:
+    """All of an open file, whose position stays where it is."""
+    if isinstance(file, io.BytesIO):
+        return file.getvalue()
+    if isinstance(file, io.BufferedReader) and isinstance(file.raw, io.FileIO):
+        state = os.fstat(file.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            raise ValueError("it is no regular file")
+        return os.pread(file.fileno(), state.st_size, 0)
+    with USERS_OBJECT:
+        position = file.tell()
+        file.seek(0)
+        content = file.read()
+        file.seek(position)
+    return content
+
+
+def own_image(image: Image.Image) -> Image.Image:
+    """The user's image as an object of our own.
+
+    Image.open reads no pixels, and two threads that later decode one object leave wrong ones in it
+    for good. So what is not yet decoded is opened again from its file, and the user's object is
+    not touched.
+    """
+    if getattr(image, "_im", None) is None and getattr(image, "fp", None) is not None:
+        own = Image.open(io.BytesIO(read_file(image.fp)))
+        if image.tell():
+            own.seek(image.tell())
+        if (own.size, own.mode) == (image.size, image.mode):
+            return own
+    if is_animated(image):
+        raise ValueError("it is animated")
+    with USERS_OBJECT:
+        return image.copy()
+
+
+def no_credentials(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """A way to sign requests that signs none; else requests would look into ~/.netrc."""
+    return request
 
 
 def download(url: str) -> bytes:
-    """The body of a URL, http or https alone; ValueError if it is too large or too slow."""
-    deadline, body = time.monotonic() + SECONDS, b""
-    with requests.get(url, timeout=SECONDS, stream=True) as response:
-        response.raise_for_status()
-        while True:
-            piece = response.raw.read1(2**16, decode_content=True)
-            if not piece:
-                return body
-            body += piece
-            if len(body) > BYTES or time.monotonic() > deadline:
-                raise ValueError(f"more than {BYTES} bytes or {SECONDS} seconds")
+    """The body of a URL, http or https alone; ValueError if it is too large or too slow.
+
+    A redirect must not lead into this machine or its private network: whoever wrote the URL, it is
+    another one who chose where it leads.
+    """
+    deadline = time.monotonic() + SECONDS
+    for _ in range(REDIRECTS):
+        with requests.get(url, timeout=SECONDS, stream=True, allow_redirects=False,
+                          auth=no_credentials) as response:
+            response.raise_for_status()
+            if not response.is_redirect:
+                return read_body(response, deadline)
+            url = urljoin(url, response.headers["location"])
+        check_public(url)
+    raise ValueError(f"more than {REDIRECTS} redirects")
+
+
+def read_body(response: requests.Response, deadline: float) -> bytes:
+    body = b""
+    while True:
+        piece = response.raw.read1(2**16, decode_content=True)
+        if not piece:
+            return body
+        body += piece
+        if len(body) > BYTES or time.monotonic() > deadline:
+            raise ValueError(f"more than {BYTES} bytes or {SECONDS} seconds")
+
+
+def check_public(url: str) -> None:
+    """ValueError if the host of a URL is, by name or number, not out in the internet."""
+    parts = urlsplit(url)
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
+    except OSError:
+        return  # only a proxy knows this name, and so the proxy's network is what it can reach
+    for *_, address in found:
+        ip = ipaddress.ip_address(address[0].split("%")[0])
+        ip = getattr(ip, "ipv4_mapped", None) or ip
+        if not ip.is_global or ip.is_multicast:
+            raise ValueError(f"it redirects to {url}, which is not a public address")
 
 
 def png_data_uri(image: Image.Image) -> str:

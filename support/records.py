@@ -47,7 +47,7 @@ class Records:
         self.write(metrics)
         for reason, count in collections.Counter(outputs.dropped).most_common(3):
             tqdm.write(f"step {step}: {count} completions dropped: {reason[:300]}")
-        if metrics["kl"] > self.config.kl_warning:
+        if not metrics["kl"] <= self.config.kl_warning:  # NaN is not
             tqdm.write(f"step {step}: mismatch KL {metrics['kl']:.2g}, usually from {CAUSES}")
         if step % self.config.log_every_steps == 0:
             self.write_rollouts(step, outputs, tokenizer)

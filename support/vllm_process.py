@@ -25,6 +25,7 @@ def server_command(config) -> list[str]:
     elif "data_parallel_size" not in config.inference_args:
         flags["tensor_parallel_size"] = config.server_gpus
     flags |= config.inference_args
+    flags.pop("chat_template_kwargs", None)  # no flag: every request says them
     # Not the `vllm` command: the CPU package's does not work.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for key, value in flags.items():

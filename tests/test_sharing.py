@@ -41,6 +41,20 @@ def test_gradient_checkpointing_gives_the_same_gradient_without_sharing():
     assert saving.update(outputs)["shared_fraction"] == 0
 
 
+def test_gradient_checkpointing_switches_no_dropout_on():
+    plain, saving = make_trainer(share_prompt=False), make_trainer(gradient_checkpointing=True)
+    recomputed = []
+    for trainer in (plain, saving):
+        for module in trainer.model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.5
+                module.register_forward_hook(lambda *_, found=trainer: recomputed.append(found))
+    outputs = canned(plain, GROUPS)
+    recomputed.clear()
+    assert relative_difference(gradients(plain, outputs), gradients(saving, outputs)) < 1e-5
+    assert recomputed.count(saving) > recomputed.count(plain)
+
+
 @pytest.mark.parametrize("share", [False, True])
 def test_a_frozen_vision_tower_gets_no_gradient_and_changes_no_other(share):
     whole, frozen = (make_trainer(share_prompt=share, freeze_vision=f) for f in (False, True))
