@@ -26,9 +26,10 @@ from loss import group_advantages, grpo_loss
 from policy import Policy
 from rollout import GenerateOutputs, Generator, load_environment
 from support import check, checkpoint
-from support.config import MultimodalRLConfig, command_line, mistakes
+from support.config import MultimodalRLConfig, command_line, mistakes, on_stop
 from support.http import ServerError
 from support.loading import load_model
+from support.lock import owned
 from support.prompts import reserved_strings
 from support.ranks import add_up, become_torchrun, join_ranks, on_lead
 from support.records import Records
@@ -65,9 +66,10 @@ class MultimodalGRPOTrainer:
             [p for p in model.parameters() if p.requires_grad], config.learning_rate,
             weight_decay=config.weight_decay)
 
-        self.step = 0            # finished steps
-        self.saved_step = 0      # that of the newest checkpoint
-        self.past_metrics = ""   # the text of metrics.jsonl up to it
+        self.step = 0             # finished steps
+        self.saved_step = 0       # that of the newest checkpoint
+        self.save_failed = False  # the last time; it is tried again after the next step
+        self.past_metrics = None  # the text of metrics.jsonl up to it, of a run that is resumed
         self.resume()
 
         self.source = CheckpointSource(model)
@@ -83,8 +85,13 @@ class MultimodalGRPOTrainer:
 
     def train(self) -> None:
         """Train until max_steps; save at the end and after errors. Needs the server."""
+        with owned(self.config.run_dir):
+            self.rehearse_save()
+            on_lead(lambda: self.records.open(self.past_metrics))
+            self.train_to_the_end()
+
+    def train_to_the_end(self) -> None:
         config = self.config
-        on_lead(lambda: self.records.open(self.past_metrics))
         self.bar = tqdm(total=config.max_steps, initial=self.step, disable=self.rank > 0)
         try:
             while self.step < config.max_steps and not on_lead(lambda: self.stopping):
@@ -93,14 +100,14 @@ class MultimodalGRPOTrainer:
                 metrics = self.update(outputs)   # adapter -> batch -> masked GRPO -> AdamW
                 self.send_weights()              # the policy that samples is the trained one
                 self.log(metrics, outputs)
-                if config.save_every_steps and self.step % config.save_every_steps == 0:
-                    self.save()
+                self.save_if_due()
         except Exception as error:
-            if self.world == 1 or getattr(error, "on_all_ranks", False):
-                self.save()  # all ranks must take part
+            if self.is_on_all_ranks(error):
+                self.try_to_save()  # all ranks must take part
             raise
         self.bar.close()
-        self.save()
+        if not self.try_to_save():
+            self.save()
         if self.step == config.max_steps:
             self.evaluate()
 
@@ -347,15 +354,44 @@ class MultimodalGRPOTrainer:
     def save(self) -> None:
         """Write run_dir/checkpoint-STEP, for from_pretrained and vLLM too; whole or not at all."""
         if self.saved_step < self.step:
-            checkpoint.save(self.config.run_dir, self.step, self.policy, self.optimizer,
-                            self.adapter.processor or self.tokenizer, self.config.keep_checkpoints)
+            # A step that was skipped may be the sign of a spoiled state: no good one goes for it.
+            keep = None if self.bad_steps else self.config.keep_checkpoints
+            checkpoint.save(self.config, self.step, self.policy, self.optimizer,
+                            self.adapter.processor or self.tokenizer, keep)
             self.saved_step = self.step
+
+    def save_if_due(self) -> None:
+        every = self.config.save_every_steps
+        is_due = every > 0 and self.step % every == 0 and not self.bad_steps
+        if is_due or self.save_failed:
+            self.save_failed = not self.try_to_save()
+
+    def try_to_save(self) -> bool:
+        """Whether the state is saved; if not, a line says why, and the last good one is kept."""
+        try:
+            self.save()
+            return True
+        except Exception as error:  # disks, models and processors fail in any way
+            if not self.is_on_all_ranks(error):
+                raise
+            tqdm.write(f"step {self.step} could not be saved, the newest checkpoint is of step "
+                       f"{self.saved_step}: {type(error).__name__}: {error}")
+            return False
+
+    def is_on_all_ranks(self, error: Exception) -> bool:
+        """Whether all ranks go on from the same place, and may call what all of them must call."""
+        return self.world == 1 or getattr(error, "on_all_ranks", False)
+
+    def rehearse_save(self) -> None:
+        """Find out early whether this run can be saved; ValueError if not."""
+        on_lead(lambda: checkpoint.rehearse(self.config, self.policy,
+                                            self.adapter.processor or self.tokenizer))
 
     def resume(self) -> None:
         """Load what config.resume asks for; ValueError if it is damaged or of another model."""
         path = checkpoint.find(self.config.resume, self.config.run_dir)
         if path is not None:
-            step, metrics = checkpoint.load(path, self.model, self.optimizer)
+            step, metrics = checkpoint.load(path, self.model, self.optimizer, self.config)
             self.step = self.saved_step = step
             if path.resolve().parent == self.config.run_dir.resolve():
                 self.past_metrics = metrics
@@ -363,9 +399,10 @@ class MultimodalGRPOTrainer:
     def stop(self, number: int = signal.SIGTERM, _frame=None) -> None:
         """End train() after the step at hand, with a checkpoint; the second time: exit at once.
 
-        With several ranks the second signal changes nothing, for torchrun sends one by itself.
+        A SIGHUP is no second one, for init systems send it beside a SIGTERM. With several ranks the
+        second one changes nothing, for torchrun sends one by itself.
         """
-        if self.stopping and self.world == 1:
+        if self.stopping and self.world == 1 and number != signal.SIGHUP:
             sys.exit(128 + number)
         self.stopping = number
         self.server.patience = 0  # nor wait for a server any longer
@@ -379,11 +416,14 @@ def served(config: MultimodalRLConfig):
     rank, _ = join_ranks()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # rank 0 prints for all
-    model, processor = load_model(config)
-    adapter = load_adapter(config.adapter, processor)
-    trainer = MultimodalGRPOTrainer(model, processor.tokenizer, adapter, config)
-    with trainer.server if rank == 0 else contextlib.nullcontext():
-        yield trainer
+    with owned(config.run_dir):
+        model, processor = load_model(config)
+        adapter = load_adapter(config.adapter, processor)
+        trainer = MultimodalGRPOTrainer(model, processor.tokenizer, adapter, config)
+        trainer.rehearse_save()
+        # What is wrong up to here is known before the long wait for a server.
+        with trainer.server if rank == 0 else contextlib.nullcontext():
+            yield trainer
 
 
 def main() -> None:
@@ -391,8 +431,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         with mistakes():
             trainer = stack.enter_context(served(command_line("train.py")))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, trainer.stop)
+        on_stop(trainer.stop)
         trainer.train()
         if trainer.stopping:
             sys.exit(128 + trainer.stopping)

@@ -1,13 +1,21 @@
 """Checkpoints: written whole or not at all, found again, and resumed exactly.
 
 A checkpoint is a folder for from_pretrained and vLLM, with a trainer.pt beside the weights:
-optimizer, step, random generators, the metrics so far, and with LoRA the weights before they are
-merged. checksums.json, written last, holds the SHA-256 of every file. Nothing is ever unpickled.
+optimizer, step, random generators, the config and the metrics so far, and with LoRA the weights
+before they are merged. checksums.json, written last, holds the SHA-256 of every file. Nothing is
+ever unpickled.
+
+A run folder is also the user's. Of what is in it only folders checkpoint-STEP whose trainer.pt is
+of that step are ours to count and to delete, and `unfinished`, where a checkpoint is written.
 """
 import json
 import os
+import pickle
 import random
+import re
 import shutil
+import time
+from dataclasses import asdict
 from hashlib import file_digest
 from pathlib import Path
 
@@ -20,26 +28,87 @@ from policy import FULL, merge_adapters
 from support.ranks import join_ranks, on_lead
 
 
-def save(run_dir: Path, step: int, policy, optimizer, processor, keep: int) -> None:
-    """Write run_dir/checkpoint-STEP and leave the `keep` newest. Every rank must call this."""
+def save(config, step: int, policy, optimizer, processor, keep: int | None) -> None:
+    """Write run_dir/checkpoint-STEP and leave the `keep` newest (None: all). All ranks call this.
+
+    On an error, which every rank gets, all earlier checkpoints are still there. ValueError if a
+    weight is not finite.
+    """
     weights, moments = sharded.get_state_dict(policy.model, optimizer, options=FULL)
-    if join_ranks()[0] > 0:
-        return
+    on_lead(lambda: save_on_lead(config, step, policy, weights, moments, processor, keep))
+
+
+def save_on_lead(config, step: int, policy, weights: dict, moments: dict, processor,
+                 keep: int | None) -> None:
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ValueError(f"step {step}: the weights are not finite ({name}) and are not saved; "
+                             "lower learning_rate and resume from an earlier checkpoint")
+    run_dir, merged = config.run_dir, merge_adapters(weights)
     partial, target = run_dir / "unfinished", run_dir / f"checkpoint-{step}"
-    for left_over in (partial, target):
-        shutil.rmtree(left_over, ignore_errors=True)
-    merged = merge_adapters(weights)
-    policy.model.save_pretrained(partial, state_dict=merged)
-    processor.save_pretrained(partial)
     has_adapters = merged.keys() != weights.keys()
-    state = {"step": step, "optimizer": moments, "unmerged": weights if has_adapters else None,
-             "metrics": (run_dir / "metrics.jsonl").read_text(), **random_state()}
-    torch.save(state, partial / "trainer.pt")
-    (partial / "checksums.json").write_text(json.dumps(checksums(partial)))
+    write(partial, config, step, policy, merged, processor,
+          {"optimizer": moments, "unmerged": weights if has_adapters else None})
+    set_aside_from(run_dir, step)
     partial.rename(target)
     os.sync()  # all of it is on disk before the oldest ones go
-    for path in checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(path)
+    if keep is not None:
+        for path in list(own_checkpoints(run_dir).values())[:-keep]:
+            remove(path, partial)
+
+
+def rehearse(config, policy, processor) -> None:
+    """Write all of a checkpoint but its weights, and remove it: ValueError if that cannot be done.
+
+    For example, transformers loads a model with an invalid generation_config.json, but does not
+    save it, and a run should not learn that at its end.
+    """
+    partial = config.run_dir / "unfinished"
+    try:
+        write(partial, config, 0, policy, {}, processor, {})
+    except Exception as error:  # processors and models bring code of their own
+        reason = " ".join(str(error).split())
+        raise ValueError(f"this run could not be saved in {config.run_dir}: {reason}") from error
+    shutil.rmtree(partial)
+
+
+def write(folder: Path, config, step: int, policy, weights: dict, processor, state: dict) -> None:
+    """The files of a checkpoint, in a new folder; if that fails, none."""
+    metrics = config.run_dir / "metrics.jsonl"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        policy.model.save_pretrained(folder, state_dict=weights)
+        processor.save_pretrained(folder)
+        # Without the user's metrics.jsonl, which he may have removed, a run goes on all the same.
+        state = {"step": step, "metrics": metrics.read_text() if metrics.exists() else "",
+                 "config": json.dumps(asdict(config), default=str), **state, **random_state()}
+        torch.save(state, folder / "trainer.pt")
+        (folder / "checksums.json").write_text(json.dumps(checksums(folder)))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # a full disk needs its space
+        raise
+
+
+def set_aside_from(run_dir: Path, step: int) -> None:
+    """Move away the checkpoints from this step on: they are of another course of the run."""
+    later = [path for found, path in own_checkpoints(run_dir).items() if found >= step]
+    in_the_way = run_dir / f"checkpoint-{step}"
+    if os.path.lexists(in_the_way) and in_the_way not in later:
+        later.append(in_the_way)  # damaged, or not of ours
+    past = Path(f"{run_dir}-past-{time.time_ns()}")
+    for path in later:
+        past.mkdir(exist_ok=True)
+        path.rename(past / path.name)
+        tqdm.write(f"{path} was there before this run came to step {step}; it is now in {past}")
+
+
+def remove(path: Path, partial: Path) -> None:
+    """Delete a checkpoint; what an interruption leaves of it has the name of an unfinished one."""
+    try:
+        path.rename(partial)
+        shutil.rmtree(partial)
+    except OSError as error:
+        tqdm.write(f"the old checkpoint {path} could not be removed: {error}")
 
 
 def find(resume: bool | str, run_dir: Path) -> Path | None:
@@ -54,23 +123,54 @@ def find(resume: bool | str, run_dir: Path) -> Path | None:
 
 
 def newest_whole(run_dir: Path) -> Path | None:
-    for path in reversed(checkpoints(run_dir)):
-        if is_whole(path):
-            return path
+    """The checkpoint of the highest step; None, and a line that says so, if there is none."""
+    named = named_checkpoints(run_dir)
+    for step in sorted(named, reverse=True):
+        if is_whole(named[step]):
+            if read_state(named[step])["step"] == step:
+                return named[step]
+            tqdm.write(f"{named[step]} is passed over: it is a copy of another step")
+    tqdm.write(f"resume: there is no checkpoint in {run_dir}, the run begins anew")
     return None
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Those of a run, the newest last."""
-    return sorted(run_dir.glob("checkpoint-*"), key=os.path.getmtime)
+def named_checkpoints(run_dir: Path) -> dict[int, Path]:
+    """{step: folder} by name alone; links, archives and checkpoint-best are no checkpoints."""
+    found = {}
+    for path in run_dir.glob("checkpoint-*"):
+        name = re.fullmatch("checkpoint-(0|[1-9][0-9]*)", path.name)
+        if name and path.is_dir() and not path.is_symlink():
+            found[int(name[1])] = path
+    return found
 
 
-def load(path: Path, model, optimizer) -> tuple[int, str]:
+def own_checkpoints(run_dir: Path) -> dict[int, Path]:
+    """{step: folder} of those that this trainer wrote under these names, the newest last."""
+    named = named_checkpoints(run_dir)
+    return {step: named[step] for step in sorted(named) if step_of(named[step]) == step}
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step that its trainer.pt is of; None if there is none that can be read."""
+    try:
+        return read_state(checkpoint)["step"]
+    except (OSError, RuntimeError, LookupError, TypeError, EOFError, pickle.UnpicklingError):
+        return None
+
+
+def read_state(checkpoint: Path) -> dict:
+    """What trainer.pt holds; its tensors stay on disk until they are used."""
+    return torch.load(checkpoint / "trainer.pt", weights_only=True, mmap=True)
+
+
+def load(path: Path, model, optimizer, config) -> tuple[int, str]:
     """Set model, optimizer and random generators back; (step, the text of metrics.jsonl).
 
+    The keys of the config have their new values, the optimizer's too; a line says which are new.
     Every rank must call this. ValueError if the checkpoint is of another model or lora_rank.
     """
-    state = torch.load(path / "trainer.pt", weights_only=True, mmap=True)
+    state = read_state(path)
+    changes = ", ".join(config_changes(json.loads(state.get("config", "{}")), config))
     weights = state["unmerged"]
     if weights is None:
         weights = type(model).from_pretrained(path, dtype=model.dtype).state_dict()
@@ -78,13 +178,26 @@ def load(path: Path, model, optimizer) -> tuple[int, str]:
         sharded.set_state_dict(model, optimizer, model_state_dict=weights,
                                optim_state_dict=state["optimizer"], options=FULL)
     except RuntimeError as error:
-        raise ValueError(f"{path} is of another model or lora_rank: {error!s:.300}") from error
+        raise ValueError(f"{path} is of another model or lora_rank, or less of it was trained "
+                         f"({changes}): {error!s:.300}") from error
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state_all(state["cuda"])
     random.setstate(state["python"])
     numpy.random.set_state(state["numpy"])
-    tqdm.write(f"resumed from {path}")
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate
+        group["weight_decay"] = config.weight_decay
+    tqdm.write(f"resumed from {path}, step {state['step']} of {config.max_steps}")
+    if changes:
+        tqdm.write(f"resumed with other values than it had until then: {changes}")
     return state["step"], state["metrics"]
+
+
+def config_changes(old: dict, config) -> list[str]:
+    """"key: old value -> new value" of each key of the config that another value is given to."""
+    new = json.loads(json.dumps(asdict(config), default=str))
+    return [f"{key}: {json.dumps(old[key])} -> {json.dumps(new[key])}" for key in new
+            if key != "resume" and key in old and old[key] != new[key]]
 
 
 def random_state() -> dict:
@@ -105,9 +218,14 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether every file of the checkpoint is there, with the bytes that were written."""
+    """Whether every file of the checkpoint is there, with the bytes that were written.
+
+    A file that was added to it, such as a note or a file manager's, does no harm.
+    """
     try:
-        if json.loads((checkpoint / "checksums.json").read_text()) == checksums(checkpoint):
+        written = json.loads((checkpoint / "checksums.json").read_text())
+        lists_files = isinstance(written, dict) and "trainer.pt" in written
+        if lists_files and written.items() <= checksums(checkpoint).items():
             return True
     except (OSError, ValueError):
         pass

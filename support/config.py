@@ -3,7 +3,10 @@ import contextlib
 import difflib
 import inspect
 import json
+import os
+import re
 import signal
+import stat
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,6 +21,13 @@ PLACES = {"model": "model", "env.id": "env_id", "env.args": "env_args",
           "inference.gpus": "inference_gpus", "inference.args": "inference_args",
           "trainer.gpus": "trainer_gpus", "trainer.adapter": "adapter"}
 TRAINER_ARGS = "trainer.args."
+
+# Keys, and flags of the server, whose values may be a file or folder that exists already.
+PATHS = ("model", "resume")
+PATH_FLAGS = ("chat_template", "tokenizer", "hf_config_path")
+
+# What asks a run to end: Ctrl-C, a scheduler or `kill`, and the terminal that is closed.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # Numbers must be above 0, but for these.
 MAY_BE_ZERO = {"inference_gpus", "trainer_gpus", "seed", "warmup_steps", "weight_decay",
@@ -85,6 +95,7 @@ class MultimodalRLConfig:
             check_value(key.name, key.type, getattr(self, key.name))
         self.check_batch()
         self.check_server()
+        self.check_folder()
         if isinstance(self.resume, str) and not Path(self.resume, "checksums.json").exists():
             raise ValueError(f"resume must be true or a checkpoint's folder, not {self.resume!r}")
 
@@ -107,6 +118,16 @@ class MultimodalRLConfig:
             raise ValueError("max_tokens must be below max_model_len, which holds the prompt, too")
         if flags.get("enable_sleep_mode") and (self.async_steps or self.sync_to_vllm_every != 1):
             raise ValueError("enable_sleep_mode needs async_steps = 0 and sync_to_vllm_every = 1")
+
+    def check_folder(self) -> None:
+        """The run folder must be below output_dir: a run that starts anew renames all of it."""
+        if not self.output_dir.strip():
+            raise ValueError("output_dir must not be empty (an unset shell variable?)")
+        name = Path(self.run_name)
+        leaves = name.is_absolute() or ".." in name.parts or name == Path()
+        if leaves or not self.run_name.strip() or not self.run_name.isprintable():
+            raise ValueError(f"run_name must name a folder in output_dir, not {self.run_name!r} "
+                             "(an unset shell variable?)")
 
     @property
     def group_size(self) -> int:
@@ -164,19 +185,84 @@ def check_value(key: str, kind: type, value) -> None:
 
 
 def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
-    """A TOML file and overrides ("seed=1", "env.args.n=3", "model=X"); ValueError in one line."""
-    values = {}
+    """A TOML file and overrides ("seed=1", "env.args.n=3", "model=X"); ValueError in one line.
+
+    A path in the file is looked for beside the file, then in the working directory; one of an
+    override the other way round. What will be written, output_dir, is of the working directory.
+    """
+    in_file, in_words = {}, {}
+    folders = [Path(path).parent, Path()]
     try:
-        add_keys(values, tomli.loads(Path(path).read_text()))
+        add_keys(in_file, parse_toml(Path(path).read_text()))
         for override in overrides:
-            add_keys(values, parse_override(override))
+            add_keys(in_words, parse_override(override))
+        values = find_paths(in_file, folders)
+        add_fields(values, find_paths(in_words, folders[::-1]))
         if not values.get("model") or not values.get("env_id"):
             raise ValueError('it must set model = "..." and [env] id = "..."')
+        check_model_path(values["model"], folders)
         return MultimodalRLConfig(**values)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except ValueError as error:  # tomli's errors are ValueErrors, too
         raise ValueError(f"{path}: {error}") from error
+
+
+def find_paths(values: dict, folders: list[Path]) -> dict:
+    """The values by field, with what names a file or folder in one of these folders found there."""
+    found = dict(values)
+    for key in PATHS:
+        if isinstance(values.get(key), str):
+            found[key] = find_path(values[key], folders)
+    if isinstance(values.get("inference_args"), dict):
+        found["inference_args"] = dict(values["inference_args"])
+        for flag in PATH_FLAGS:
+            if isinstance(values["inference_args"].get(flag), str):
+                found["inference_args"][flag] = find_path(values["inference_args"][flag], folders)
+    if isinstance(values.get("output_dir"), str):
+        found["output_dir"] = os.path.expanduser(values["output_dir"])
+    return found
+
+
+def find_path(value: str, folders: list[Path]) -> str:
+    """The value as a path in the first folder that has it; else the value, perhaps a hub's name."""
+    value = os.path.expanduser(value)
+    for folder in folders:
+        if value and os.path.exists(folder / value):
+            return str(folder / value)
+    return value
+
+
+def check_model_path(model, folders: list[Path]) -> None:
+    """ValueError if this can only be a path, and is none. The hub has NAME and OWNER/NAME."""
+    looks_like_path = isinstance(model, str) and (model.startswith((".", "/", "~"))
+                                                  or model.endswith("/") or model.count("/") > 1)
+    if looks_like_path and not Path(model).exists():
+        places = " or ".join(str(folder.resolve()) for folder in folders)
+        raise ValueError(f"model: there is no folder {model!r}, seen from {places}")
+
+
+def parse_toml(text: str) -> dict:
+    """The table of a TOML text. If JSON is the mistake in it, the error says what TOML writes."""
+    try:
+        return tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
+        place = re.search(r"at line (\d+)", str(error))
+        if place is None:
+            raise
+        in_toml = toml_of_json(text.splitlines()[int(place[1]) - 1].strip())
+        try:
+            tomli.loads(in_toml)
+        except tomli.TOMLDecodeError:
+            raise error  # the first one: the mistake is another
+        raise ValueError(f"{error}; JSON is not TOML, which writes {in_toml}") from error
+
+
+def toml_of_json(line: str) -> str:
+    """`key = {"image": 4}` -> `key = { image = 4 }`, and True -> true."""
+    line = re.sub(r'(^|[{,]\s*)"?([\w-]+)"?\s*:\s*', r"\1\2 = ", line)
+    line = re.sub(r"\s*,?\s*\}", " }", re.sub(r"\{\s*", "{ ", line))
+    return re.sub(r"\b(True|False)\b", lambda word: word[0].lower(), line)
 
 
 def parse_override(override: str) -> dict:
@@ -186,6 +272,8 @@ def parse_override(override: str) -> dict:
         raise ValueError(f"override {override!r} is not key=value or table.key=value")
     if "." not in key and key != "model":
         key = TRAINER_ARGS + key
+    if text.startswith("{"):
+        text = toml_of_json(text)
     try:
         return tomli.loads(f"{key} = {text}")
     except tomli.TOMLDecodeError:  # a word without quotes is a string
@@ -193,20 +281,26 @@ def parse_override(override: str) -> dict:
 
 
 def add_keys(values: dict, table: dict, prefix: str = "") -> None:
-    """Add the keys of a TOML table to the values by field; tables of arguments are merged."""
+    """Add the keys of a TOML table to the values by field."""
     places = PLACES | {TRAINER_ARGS + f.name: f.name for f in fields(MultimodalRLConfig)
                        if f.name not in PLACES.values()}
     for key, value in table.items():
         place = prefix + key
         name = places.get(place)
-        if name and isinstance(value, dict) and isinstance(values.get(name), dict):
-            values[name] = values[name] | value
-        elif name:
-            values[name] = value
+        if name:
+            add_fields(values, {name: value})
         elif isinstance(value, dict):
             add_keys(values, value, place + ".")
         else:
             raise ValueError(f"unknown key {place!r}; did you mean {nearest(place, places)!r}?")
+
+
+def add_fields(values: dict, added: dict) -> None:
+    """Add values by field; tables of arguments are merged."""
+    for name, value in added.items():
+        if isinstance(value, dict) and isinstance(values.get(name), dict):
+            value = values[name] | value
+        values[name] = value
 
 
 def nearest(place: str, places: dict) -> str:
@@ -219,17 +313,42 @@ def nearest(place: str, places: dict) -> str:
 def command_line(program: str) -> MultimodalRLConfig:
     """The config that sys.argv asks for: "@ config.toml key=value ...", also "@config.toml".
 
-    From here on SIGINT and SIGTERM raise SystemExit, so that a server of ours is stopped.
+    From here on the stop signals raise SystemExit, so that a server of ours is stopped.
     ValueError for a mistake in the words or in the file.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, exit_by_signal)
+    on_stop(exit_by_signal)
     words = sys.argv[1:]
     if words and words[0].startswith("@") and words[0] != "@":
         words = ["@", words[0][1:], *words[1:]]
     if len(words) < 2 or words[0] != "@":
         raise ValueError(f"usage: python {program} @ config.toml [key=value ...]")
     return load_config(words[1], words[2:])
+
+
+def on_stop(handler) -> None:
+    """Call handler(number, frame) at each stop signal, but for a SIGHUP that `nohup` ignores."""
+    def handle(number: int, frame) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
+        handler(number, frame)
+
+    for number in STOP_SIGNALS:
+        ignored = signal.getsignal(number) == signal.SIG_IGN
+        if number != signal.SIGHUP or not ignored:
+            signal.signal(number, handle)
+
+
+def leave_terminal() -> None:
+    """Write to nowhere instead of to a terminal that was closed, where every line is an error.
+
+    Kernel and shell both send a SIGHUP then. The second one must not count as "stop at once".
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(nowhere, stream)
 
 
 def exit_by_signal(number: int, _frame) -> None:

@@ -1,27 +1,44 @@
 """A checkpoint from disk or the hub -> the model, on the device of this process, and its processor."""
 import os
+from pathlib import Path
 
 import torch
 import transformers
 
+from support.gpus import use_gpu
 from support.ranks import join_ranks
 
 
 def load_model(config):
-    """(model, processor) of config.model. The weights are fp32, for the sake of small updates."""
+    """(model, processor) of config.model. The weights are fp32, for the sake of small updates.
+
+    ValueError if it is neither a folder that holds a model nor one of the Hugging Face hub.
+    """
+    use_gpu(trainer_gpu(config))
     transformers.logging.disable_progress_bar()  # an error is one line
-    model = transformers.AutoModelForImageTextToText.from_pretrained(
-        config.model, dtype=torch.float32)
-    processor = transformers.AutoProcessor.from_pretrained(config.model)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(trainer_gpu(config))
-        _, world = join_ranks()
-        if world == 1:  # else FSDP moves its shards
-            model = model.cuda()
+    try:
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            config.model, dtype=torch.float32)
+        processor = transformers.AutoProcessor.from_pretrained(config.model)
+    except OSError as error:
+        raise ValueError(missing_model(config.model, error)) from error
+    _, world = join_ranks()
+    if torch.cuda.is_available() and world == 1:  # else FSDP moves its shards
+        model = model.cuda()
     return model, processor
 
 
+def missing_model(name: str, error: OSError) -> str:
+    """What is wrong with a model that cannot be loaded; the library speaks of the hub alone."""
+    if Path(name).is_dir():
+        return f"model: {name} does not hold a whole model: {error}"
+    return (f"model: there is no folder {name!r} in the working directory {os.getcwd()} or beside "
+            f"the config, and as a name of the Hugging Face hub it cannot be loaded: {error}")
+
+
 def trainer_gpu(config) -> int:
-    """The GPU of this process: after those of the server, unless it shares its only one."""
-    first = config.inference_gpus if config.local and config.trainer_gpus else 0
+    """The position of this process's GPU: after those of the server, unless they share one."""
+    first = 0
+    if config.local and config.trainer_gpus:
+        first = max(1, config.inference_gpus)
     return first + int(os.environ.get("LOCAL_RANK", 0))

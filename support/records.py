@@ -1,6 +1,7 @@
 """What a run writes beside its checkpoints: metrics.jsonl, sampled rollouts, batches that failed."""
 import collections
 import json
+import math
 import time
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from support.check import CAUSES
 
 SAMPLED = ("completion", "answer", "reward", "finish_reason")
 SAMPLES = 3  # rollouts that are written of a step
+# What a run leaves in its folder. Where one of these is, the folder is that of an earlier run.
+TRACES = ("metrics.jsonl", "rollouts", "bad-batch-*.pt", "checkpoint-[0-9]*")
 
 
 class Records:
@@ -26,18 +29,21 @@ class Records:
             self.wandb = wandb.init(project=config.wandb_project, name=config.run_name,
                                     config=vars(config))
 
-    def open(self, past_metrics: str) -> None:
-        """Set the metrics back to those of the checkpoint. The folder of another run is renamed."""
-        metrics = self.folder / "metrics.jsonl"
-        if metrics.exists() and not past_metrics:
+    def open(self, past_metrics: str | None) -> None:
+        """Set the metrics back to those of the checkpoint.
+
+        None if the run begins anew: then the folder of an earlier run is renamed.
+        """
+        if past_metrics is None and any(any(self.folder.glob(name)) for name in TRACES):
             self.folder.rename(f"{self.folder}-past-{time.time_ns()}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        metrics.write_text(past_metrics)
+        (self.folder / "metrics.jsonl").write_text(past_metrics or "")
 
     def write(self, metrics: dict[str, float]) -> None:
         """Add a line to metrics.jsonl; metrics["step"] says of which step."""
+        self.folder.mkdir(parents=True, exist_ok=True)  # it is the user's to move away
         with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(to_json(metrics) + "\n")
         if self.wandb:
             self.wandb.log(metrics, step=metrics["step"])
 
@@ -59,7 +65,7 @@ class Records:
         for i in range(0, len(outputs), max(1, len(outputs) // SAMPLES)):
             sample = {key: outputs[key][i] for key in SAMPLED}
             sample["prompt"] = tokenizer.decode(outputs.prompt_ids[i])
-            (folder / f"{i}.json").write_text(json.dumps(sample, default=str))
+            (folder / f"{i}.json").write_text(to_json(sample))
             for j, image in enumerate(outputs.images[i]):
                 image.save(folder / f"{i}-{j}.png")
 
@@ -69,3 +75,17 @@ class Records:
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.save(vars(batch), path)
         return path
+
+
+def to_json(value) -> str:
+    """The value as JSON, which has no NaN and no infinity: null in their place."""
+    def finite(value):
+        if isinstance(value, dict):
+            return {str(key): finite(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(entry) for entry in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return value
+
+    return json.dumps(finite(value), default=str)

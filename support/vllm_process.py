@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.gpus import entries_at
+
 ROOT = Path(__file__).parent.parent  # where the server finds support.gloo
 # How exceptions, with two lines of what they say, and mistakes in flags end vLLM's log.
 ERRORS = r"(?m)^(?:\(.*?\) )?((?:[\w.]+Error|\S+: error): .*(?:\n.*){0,2})"
@@ -47,7 +49,7 @@ def start(config, log: Path) -> subprocess.Popen:
            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1" if config.backend == "ipc" else "0"}
     if config.server_gpus > 0:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in range(config.server_gpus))
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(entries_at(0, config.server_gpus))
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as out:
         return subprocess.Popen(["sh", "-c", GUARD, "sh", *server_command(config)], env=env,

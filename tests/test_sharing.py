@@ -45,6 +45,7 @@ def test_gradient_checkpointing_switches_no_dropout_on():
     plain, saving = make_trainer(share_prompt=False), make_trainer(gradient_checkpointing=True)
     recomputed = []
     for trainer in (plain, saving):
+        trainer.checked = True
         for module in trainer.model.modules():
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.5
