@@ -38,7 +38,13 @@ class MultimodalAdapter:
     def build_batch(self, outputs: GenerateOutputs) -> MultimodalBatch:
         """One (B, L) row per completion; ValueError if the server read a prompt otherwise."""
         first_rows, prompt_index = self.find_prompts(outputs)
-        encoded = [self.encode_row(outputs, row) for row in first_rows]
+        encoded = []
+        for row in first_rows:
+            inputs = outputs.encoded[row] if outputs.encoded else None
+            if inputs is None:
+                inputs = self.encode_as_served(outputs.prompt[row], outputs.images[row],
+                                               outputs.prompt_ids[row])
+            encoded.append(inputs)
         columns = {"input_ids": [], "attention_mask": [], "loss_mask": [], "behavior_logprobs": []}
         for prompt, completion, logprobs in zip(outputs.prompt_ids, outputs.completion_ids,
                                                 outputs.completion_logprobs, strict=True):
@@ -95,23 +101,20 @@ class MultimodalAdapter:
                 tensors[key] = tensor.float()
         return tensors
 
-    def encode_row(self, outputs: GenerateOutputs, row: int) -> dict[str, Tensor]:
-        """This row's prompt, encoded; ValueError shows where the processor and the server part."""
-        encoded = None
-        if outputs.encoded:
-            encoded = outputs.encoded[row]
-        if encoded is None:
-            encoded = self.encode(outputs.prompt[row], outputs.images[row])
-        ours, served = encoded["input_ids"][0].tolist(), outputs.prompt_ids[row]
-        for at, (our_id, served_id) in enumerate(zip_longest(ours, served)):
+    def encode_as_served(self, prompt: list[dict], images: list,
+                         prompt_ids: list[int]) -> dict[str, Tensor]:
+        """encode(); ValueError shows where the processor and the server's prompt ids part."""
+        encoded = self.encode(prompt, images)
+        ours = encoded["input_ids"][0].tolist()
+        for at, (our_id, served_id) in enumerate(zip_longest(ours, prompt_ids)):
             if our_id != served_id:
-                near = [ids[max(0, at - 5):at + 5] for ids in (ours, served)]
+                near = [ids[max(0, at - 5):at + 5] for ids in (ours, prompt_ids)]
                 texts = [self.tokenizer.decode(ids) for ids in near]
                 raise ValueError(
-                    f"example {outputs.example_id[row]}: from token {at} on, processor and server "
-                    f"({len(ours)} and {len(served)} tokens) differ, {near} = {texts}, by other "
-                    "pixel limits on the server (mm_processor_kwargs), another chat template, "
-                    "tokenizer, or truncation")
+                    f"from token {at} of the prompt on, processor and server ({len(ours)} and "
+                    f"{len(prompt_ids)} tokens) differ, {near} = {texts}, by other pixel limits on "
+                    "the server (mm_processor_kwargs), another chat template, tokenizer, or "
+                    "truncation")
         return encoded
 
 

@@ -7,7 +7,6 @@ as they were sampled: nothing is tokenised again.
 import atexit
 import functools
 import importlib.util
-import math
 import random
 import sys
 import time
@@ -22,6 +21,8 @@ from PIL import Image
 from support.http import ServerError, call
 from support.images import load_image, png_data_uri
 from support.prompts import clean_prompt, row_prompt, template_options
+from support.rewards import Task, number
+from support.text import make_plain, plain
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,17 @@ class Environment:
     {"type": "image_url", "image_url": {"url": SOURCE}}, SOURCE as in support.images.load_image; or
     stand in a column `images`, and parts {"type": "image"} or <image> in a text say where. A
     completion's reward is the weighted sum of the f(completion, answer, **info), which are called
-    from any thread.
+    from any thread, and awaited if they are async.
+
+    The completion that they see is the text of exactly the sampled ids, whatever the server's
+    parsers make of them. Special tokens stand in it, unless skip_special_tokens, but for the
+    end-of-turn token. The message that the server parsed is state["message"].
     """
     train: Sequence[dict]
     eval: Sequence[dict]
     rewards: Sequence[Callable[..., float]]
     weights: Sequence[float] | None = None  # 1 each
+    skip_special_tokens: bool = False       # in the text that rewards are given
 
     def __post_init__(self):
         names = {getattr(reward, "__name__", None) for reward in self.rewards} - {None}
@@ -53,7 +59,8 @@ class Rollout:
     prompt: list[dict]
     completion: str
     answer: str
-    state: dict                       # the row, and "image_url": its first image as a data URI
+    state: dict                       # the row; "image_url": its first image as a data URI;
+                                      # "message": the completion as the server parsed it
     info: dict
     example_id: int                   # the group: all completions of one prompt share it
     reward: float
@@ -71,10 +78,14 @@ class Rollout:
 class Failure:
     """A completion that there is none of, and why."""
     example_id: int
-    error: Exception
+    error: BaseException
+
+    def __post_init__(self):
+        make_plain(self.error)
 
     def __str__(self) -> str:
-        return f"example {self.example_id}: {type(self.error).__name__}: {self.error}"
+        said = plain(str(self.error)) or "without a word"
+        return f"example {self.example_id}: {type(self.error).__name__}: {said}"
 
 
 @dataclass
@@ -96,10 +107,11 @@ class GenerateOutputs:
     encoded: list = field(default_factory=list)
     finished: list[float] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)  # why some completions are missing
-    weight_version: int = 0  # the step whose weights the server had when these began
+    weight_version: int = 0  # the step whose weights sampled these
+    weight_owner: str = ""   # the trainer that had sent them
 
     def __post_init__(self):
-        self.reward = [reward_number(reward) for reward in self.reward]
+        self.reward = [number(reward) for reward in self.reward]
 
     @classmethod
     def from_rollouts(cls, rollouts: list[Rollout], dropped: Sequence[str] = ()):
@@ -145,7 +157,7 @@ def load_environment(env_id: str, args: dict) -> Environment:
                              f"not {environment!r:.99}")
         return environment
     except (TypeError, ValueError) as error:
-        raise ValueError(f"environment {env_id!r}: {error}") from error
+        raise ValueError(f"environment {env_id!r}: {plain(str(error))}") from error
 
 
 def find_loader(env_id: str) -> Callable[..., Environment]:
@@ -195,13 +207,14 @@ class Job:
     index: int
     n: int
     seed: int
+    trained: bool = True  # else the prompt need not be encoded
 
 
 @dataclass(frozen=True)
 class Pending:
     """Jobs that are under way."""
     jobs: list[Job]
-    results: list[AsyncResult]  # of each: a list of Rollouts and Failures
+    results: list[AsyncResult]  # of each, when it is sampled: what Generator.group returns
 
 
 @functools.lru_cache(maxsize=2)
@@ -215,24 +228,31 @@ def shuffled(length: int, seed: str) -> list[int]:
 class Generator:
     """Rolls out an environment's prompts on a vLLM OpenAI server, one request per prompt.
 
-    config: MultimodalRLConfig; banned: token ids never sampled; encode(prompt, images) is called
-    once per prompt, while others are still being sampled; reserved: strings that no text may hold.
+    config: MultimodalRLConfig; banned: token ids never sampled; encode(prompt, images, prompt_ids)
+    is called once per prompt, while others are still being sampled; decode(ids,
+    skip_special_tokens=...) is that of a tokenizer, without it the server is asked for the text;
+    reserved: strings that no text may hold, because the model reads them as images.
     """
 
     def __init__(self, environment: Environment, config, banned: list[int] = (),
-                 encode: Callable | None = None, reserved: Sequence[str] = ()):
+                 encode: Callable | None = None, decode: Callable | None = None,
+                 reserved: Sequence[str] = ()):
         self.environment, self.config, self.encode = environment, config, encode
+        self.decode = decode or self.ask_for_text
         self.reserved = reserved
         self.url = config.url
         self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
         atexit.register(self.pool.terminate)
         model = self.call("v1/models", method="get")["data"][0]["id"]
         # The sampling distribution must be the softmax that the trainer differentiates. By itself
-        # the server applies the model's generation_config.json (top_k=1 in Qwen2-VL's).
+        # the server applies the model's generation_config.json (top_k=1 in Qwen2-VL's), and what
+        # its own flags say: so all that it knows is set here.
         self.sampling = {"model": model, "temperature": config.temperature, "top_p": 1.0,
                          "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
-                         "max_tokens": config.max_tokens, "return_token_ids": True,
-                         "logprobs": True, "logit_bias": {str(i): -100 for i in banned},
+                         "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0,
+                         "watermarking": False, "max_tokens": config.max_tokens,
+                         "return_token_ids": True, "logprobs": True,
+                         "logit_bias": {str(i): -100 for i in banned},
                          "chat_template_kwargs": template_options(config.inference_args)}
 
     def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
@@ -251,7 +271,8 @@ class Generator:
     def evaluate(self, n: int = 1) -> GenerateOutputs:
         """Every held-out row n times, at the training temperature, with seeds of its own."""
         rows = self.environment.eval
-        jobs = [Job(rows, i, n, seed=2**39 + i * n) for i in range(len(rows))]
+        jobs = [Job(rows, i, n, seed=2**39 + i * n, trained=False)
+                for i in range(len(rows))]
         return self.collect(self.submit(jobs))
 
     def submit(self, jobs: list[Job]) -> Pending:
@@ -262,18 +283,9 @@ class Generator:
 
         ServerError if the server is lost or hangs, RuntimeError if more than max_dropped failed.
         """
-        # Jobs run max_concurrent at a time, and each wave may take generation_timeout. One wave
-        # more is for the reward functions.
-        waves = 2 + len(pending.jobs) // self.config.max_concurrent
-        deadline = time.monotonic() + waves * self.config.generation_timeout
         rollouts, failures = [], []
         for job, result in zip(pending.jobs, pending.results, strict=True):
-            try:
-                group = result.get(max(0, deadline - time.monotonic()))
-            except ServerError:
-                raise
-            except Exception as error:  # rows and images of an environment fail in any way
-                group = [Failure(job.index, error)] * job.n
+            group = self.finish(job, result)
             rollouts += [entry for entry in group if isinstance(entry, Rollout)]
             failures += [entry for entry in group if isinstance(entry, Failure)]
         if any(isinstance(failure.error, requests.Timeout) for failure in failures):
@@ -293,40 +305,77 @@ class Generator:
         except requests.Timeout as error:
             raise ServerError(f"{self.url} hangs: {error}") from error
 
-    def group(self, job: Job) -> list[Rollout | Failure]:
-        """All completions of one prompt."""
-        row = job.rows[job.index]
-        prompt = row_prompt(row, self.reserved)
-        messages, images = render_prompt(prompt)
+    def finish(self, job: Job, result: AsyncResult) -> list[Rollout | Failure]:
+        """What became of each completion of a job.
+
+        Rewards that hang are given up generation_timeout after the completions were sampled.
+        """
+        group, error = [], ValueError("the server did not return it")
+        try:
+            group, scoring = result.get()
+            scoring.result(self.config.generation_timeout, "reward")
+        except ServerError:
+            raise
+        except Exception as raised:  # rows and images of an environment fail in any way
+            error = raised
+        group = list(group)  # a reward that hangs may add to it later
+        return group + [Failure(job.index, error)] * (job.n - len(group))
+
+    def group(self, job: Job) -> tuple[list[Rollout | Failure], Task]:
+        """Sample all completions of one prompt; (those that are scored so far, the scoring).
+
+        What others wrote (rows, rewards) runs in threads of its own: if it hangs, the pool does not
+        shrink.
+        """
+        reading = Task(lambda: self.read(job))
+        row, messages, images = reading.result(self.config.generation_timeout, "row")
         # Sample i of a request gets its seed + i: neighbouring requests are n apart, none overlap.
         reply = self.call("v1/chat/completions", {
             **self.sampling, "messages": messages, "n": job.n,
             "seed": (self.config.seed << 40) + job.seed})
-        encoded = None
-        if self.encode:
-            encoded = self.encode(prompt, images)
-        shared = {"prompt": prompt, "answer": row.get("answer", ""),
+        shared = {"prompt": row["prompt"], "answer": row.get("answer", ""),
                   "example_id": job.index, "info": row.get("info") or {},
                   "state": {"image_url": first_image_url(messages), **row}, "images": images,
-                  "prompt_ids": reply["prompt_token_ids"], "encoded": encoded}
-        return [self.score(choice, shared) for choice in reply["choices"]]
+                  "prompt_ids": reply["prompt_token_ids"], "encoded": None}
+        group = []
+        return group, Task(lambda: self.score_group(job, reply, shared, group))
+
+    def read(self, job: Job) -> tuple[dict, list[dict], list[Image.Image]]:
+        """The row with its prompt in one form, the messages in OpenAI form, and their images."""
+        row = dict(job.rows[job.index])
+        row["prompt"] = row_prompt(row, self.reserved)
+        return row, *render_prompt(row["prompt"])
+
+    def ask_for_text(self, ids: list[int], skip_special_tokens: bool) -> str:
+        """The text of the ids by the server's tokenizer, special tokens included."""
+        return self.call("detokenize", {"model": self.sampling["model"], "tokens": ids})["prompt"]
+
+    def score_group(self, job: Job, reply: dict, shared: dict, group: list) -> None:
+        """Add each completion of the reply to the group, with its reward."""
+        if self.encode and job.trained:
+            shared["encoded"] = self.encode(shared["prompt"], shared["images"],
+                                            shared["prompt_ids"])
+        for choice in reply["choices"]:
+            group.append(self.score(choice, shared))
 
     def score(self, choice: dict, shared: dict) -> Rollout | Failure:
         """One completion with its reward, or what a reward function raised."""
-        text = choice["message"]["content"] or ""
-        scores = {}
+        ids = choice["token_ids"]
+        said = ids if choice["finish_reason"] == "length" else ids[:-1]  # else a stop token ends it
+        weights = self.environment.weights or [1.0] * len(self.environment.rewards)
+        scores, total = {}, 0.0
         try:
-            for reward in self.environment.rewards:
-                scores[reward.__name__] = reward_number(
-                    reward(text, shared["answer"], **shared["info"]))
-            if not all(math.isfinite(score) for score in scores.values()):
-                raise ValueError(f"rewards must be finite numbers, not {scores}")
-        except Exception as error:  # reward functions, too, can fail in any way
+            text = self.decode(said, skip_special_tokens=self.environment.skip_special_tokens)
+            for reward, weight in zip(self.environment.rewards, weights, strict=True):
+                score = number(reward(text, shared["answer"], **shared["info"]))
+                scores[reward.__name__] = score
+                total += weight * score
+            total = number(total)
+        except BaseException as error:  # reward functions, too, can fail in any way
             return Failure(shared["example_id"], error)
-        weights = self.environment.weights or [1.0] * len(scores)
-        total = sum(w * x for w, x in zip(weights, scores.values(), strict=True))
+        state = {"message": choice["message"], **shared["state"]}
         return Rollout(
-            completion=text, completion_ids=choice["token_ids"],
+            completion=text, completion_ids=ids, reward=total, metrics=scores,
             completion_logprobs=[token["logprob"] for token in choice["logprobs"]["content"]],
             finish_reason=choice["finish_reason"], finished=time.perf_counter(),
-            reward=float(total), metrics={name: float(x) for name, x in scores.items()}, **shared)
+            **{**shared, "state": state})

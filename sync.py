@@ -3,7 +3,9 @@
 `python sync.py @ config.toml` runs the server alone, as vf-vllm does for verifiers. Weights travel
 by vLLM's own RL API and engines: NCCL between GPUs, CUDA IPC within one, and on a CPU the NCCL
 engine over gloo. The RL routes let a caller run code: a server that is started here listens on
-127.0.0.1 unless told otherwise.
+127.0.0.1 unless told otherwise, and asks for the secret of support/secret.py.
+
+The server says whose weights it has (support/owner.py): another trainer's are never trained on.
 """
 import contextlib
 import re
@@ -16,17 +18,24 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from support import vllm_process
-from support.config import command_line, mistakes
+from support import secret, vllm_process
+from support.config import mistakes
+from support.finite import check_finite
 from support.gloo import use_gloo
-from support.http import ServerError, call, is_healthy
+from support.http import Refusal, ServerError, call, is_healthy, was_spoiled
+from support.owner import Lease
+from support.server_flags import server_config
+from support.text import plain
+
+STARTS = 3  # attempts at bringing a lost server back
 
 
 class Server:
     """A config's vLLM server: the one that is up, else, inside of `with`, a process of ours.
 
     Ours only on this machine; its output goes to output_dir/run_name-vllm.log. ValueError if it
-    cannot start, TimeoutError if nothing answers in vllm_server_timeout seconds.
+    cannot start, is none for this run or is another trainer's; TimeoutError if nothing answers in
+    vllm_server_timeout seconds.
     """
 
     def __init__(self, config):
@@ -36,23 +45,40 @@ class Server:
         self.process = None
         self.engine = None   # the trainer's side of the weight transfer
         self.version = None  # the weights that it has; None: other ones than ours
+        self.lease = Lease(self)
 
     def __enter__(self) -> "Server":
         self.ours = self.config.local and not is_healthy(self.url)
         try:
-            self.restore()
+            if self.ours:
+                vllm_process.check_port(self.config)
+            self.start()
+            if not self.ours:
+                self.lease.claim()
             return self
-        except BaseException:
+        except BaseException as error:
             self.stop()
+            if isinstance(error, ServerError):  # nothing was lost yet: this is no server for us
+                raise ValueError(str(error)) from error
             raise
 
     def __exit__(self, *_) -> None:
         self.stop()
 
     def restore(self) -> None:
+        """Bring a lost server back. One that is slow, or does not start, is tried again."""
+        for attempts_left in reversed(range(STARTS)):
+            try:
+                self.start()
+                break
+            except (OSError, ValueError) as error:
+                if not attempts_left or not self.patience:
+                    raise
+                print(f"{error}; trying again", flush=True)
+
+    def start(self) -> None:
         """Start our own process (anew), or wait until somebody else's answers (again)."""
         self.stop()
-        self.engine = self.version = None
         if self.ours:
             self.process = vllm_process.start(self.config, self.log)
         start = time.monotonic()
@@ -69,9 +95,13 @@ class Server:
             time.sleep(1)
 
     def stop(self) -> None:
-        """End our own process, if there is one."""
+        """Give the server up, and end our own process, if there is one."""
+        self.engine = self.version = None
+        self.lease.release()
         if self.process:
             vllm_process.stop(self.process)
+            secret.forget(self.url)
+            self.process = None
 
     def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
         return call(f"{self.url}/{route}", body, method, pauses=(1,),
@@ -80,24 +110,33 @@ class Server:
     def send(self, source: "CheckpointSource") -> None:
         """One whole update, checked by its version; ServerError if anything of it fails.
 
+        ValueError, before the server hears of it, if a weight is not finite.
+
         Requests in flight go on, with the new weights. Every cache is emptied: image features are
         keyed by the image alone, not by the vision tower that made them.
         """
+        if isinstance(source, CheckpointSource):
+            check_finite(source.weights, source.version)
         try:
             if self.config.inference_args.get("enable_sleep_mode"):
                 self.call("wake_up")
+            self.lease.claim()
+            if was_spoiled(self.url):
+                self.engine = None  # so that both meet anew, and NaN in its caches are removed
             engine = self.engine or self.meet(source)
-            self.engine = None  # and so it stays if anything below fails: both sides then meet anew
+            # And so they stay if anything below fails: both sides then meet anew.
+            self.engine = self.version = None
             self.call("pause?mode=keep")
             engine.send_weights()
-            self.call("update_weight_version", {"new_version": str(source.version)})
+            version = self.lease.version(source.version)
+            self.call("update_weight_version", {"new_version": version})
             self.call("reset_prefix_cache?reset_running_requests=true")
             self.call("reset_mm_cache")
             self.call("reset_encoder_cache")
             self.call("resume")
-            served = self.call("weight_info", method="get")["weight_version"]
-            if served != str(source.version):
-                raise RuntimeError(f"it serves {served!r}")
+            served = self.lease.served()
+            if served != version:
+                raise RuntimeError(f"it serves {plain(served)!r}")
             self.engine, self.version = engine, source.version
         except (OSError, RuntimeError) as error:
             raise ServerError(
@@ -110,6 +149,8 @@ class Server:
         """
         from vllm.distributed.weight_transfer import ipc_engine, nccl_engine
         self.leave_old_group()
+        with contextlib.suppress(Refusal):  # from workers of somebody's own, which cannot do it
+            self.call("collective_rpc", {"method": "clean_caches"})
         ends = {"client": make_client(self.url, self.config.vllm_server_timeout),
                 "source": source}
         if self.config.backend == "ipc":
@@ -196,11 +237,13 @@ class CheckpointSource:
 
 def main() -> None:
     """Run the server alone until it ends, or Ctrl-C."""
-    with mistakes(), Server(command_line("sync.py")) as server:
-        if server.process is None:
-            raise ValueError(f"a server is up at {server.url} already")
-        print(f"serving at {server.url}; Ctrl-C stops it", flush=True)
-        sys.exit(server.process.wait())
+    with mistakes():
+        config = server_config()
+        if is_healthy(config.url):
+            raise ValueError(f"a server is up at {config.url} already")
+        with Server(config) as server:
+            print(f"serving at {server.url}; Ctrl-C stops it", flush=True)
+            sys.exit(server.process.wait())
 
 
 if __name__ == "__main__":

@@ -339,8 +339,7 @@ def test_two_steps_on_a_real_server(server, tmp_path):
     with served(config) as trainer:
         before = [p.detach().clone() for p in trainer.model.parameters()]
         trainer.train()
-        served_version = trainer.server.call("weight_info", method="get")["weight_version"]
-        assert served_version == "2"
+        assert trainer.server.lease.served().startswith("2 by run 'colors', process ")
         found = check.server(trainer.policy, trainer.build_batch(
             trainer.generator.collect(trainer.generator.begin(5, 4, 4))), must_agree=True)
     assert found["max"] < 1e-5  # a server with the old weights would be 1e-2 off

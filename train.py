@@ -127,7 +127,9 @@ class MultimodalGRPOTrainer:
             self.ahead.append((pending, self.server.version or 0))
         pending, version = self.ahead.popleft()
         outputs = self.generator.collect(pending)
+        self.server.lease.check()  # else somebody else's weights may have sampled these
         outputs.weight_version = version
+        outputs.weight_owner = self.server.lease.name
         self.seconds["waited"] = max(0.0, start - max(outputs.finished, default=start))
         if config.inference_args.get("enable_sleep_mode"):  # until the next weights
             self.server.call("sleep?level=1")
@@ -141,6 +143,7 @@ class MultimodalGRPOTrainer:
 
     def log_held_out(self) -> None:
         means = self.generator.evaluate(self.config.eval_samples).means()
+        self.server.lease.check()
         metrics = {f"eval/{name}": value for name, value in means.items()}
         self.records.write({"step": self.step, **metrics})
         tqdm.write(f"step {self.step}: held-out reward {means['reward']:.3f}")
@@ -173,13 +176,15 @@ class MultimodalGRPOTrainer:
                 self.gather_weights()
             # With several ranks all of them would have to gather, and only rank 0 is here: then
             # the weights of the last sync are sent again.
+        self.server.lease.claim()
         if self.config.sync_to_vllm_every and self.server.version is None:
             self.server.send(self.source)
         if self.generator is None:
-            encode = self.adapter.encode if self.adapter.processor else None
-            reserved = reserved_strings(self.tokenizer, self.policy.banned, self.adapter.processor)
-            self.generator = Generator(self.environment, self.config, self.policy.banned, encode,
-                                       reserved)
+            self.generator = Generator(
+                self.environment, self.config, self.policy.banned, decode=self.tokenizer.decode,
+                encode=self.adapter.encode_as_served if self.adapter.processor else None,
+                reserved=reserved_strings(self.tokenizer, self.policy.banned,
+                                          self.adapter.processor))
 
     # ---- act 2: update
 
@@ -326,6 +331,8 @@ class MultimodalGRPOTrainer:
 
     def try_to_send(self) -> None:
         try:
+            if self.ahead:  # their weights would not be known once there are new ones
+                self.server.lease.check()
             self.server.send(self.source)
         except ServerError as error:
             tqdm.write(f"{error}; it is restored before the next rollouts")

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from sync import Server  # noqa: E402
-from support.config import load_config  # noqa: E402  (needs the path)
+from support import secret  # noqa: E402  (needs the path)
+from support.config import load_config  # noqa: E402
 
 SEEDS = (0, 1, 2)
 
@@ -42,7 +43,8 @@ class Slow(http.server.BaseHTTPRequestHandler):
                 mine = Slow.free
             time.sleep(max(0.0, mine - time.monotonic()))
         reply = requests.request(self.command, Slow.url + self.path, data=body, timeout=600,
-                                 headers={"Content-Type": "application/json"})
+                                 headers={"Content-Type": "application/json",
+                                          **secret.headers(Slow.url)})
         self.send_response(reply.status_code)
         self.send_header("Content-Type", reply.headers.get("Content-Type", "text/plain"))
         self.send_header("Content-Length", str(len(reply.content)))

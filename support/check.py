@@ -130,7 +130,8 @@ def check_model(config: MultimodalRLConfig, report) -> bool:
     rows = [{"prompt": make_prompt(count, rng), "answer": ""} for count in (0, 1, 1, 2, 2)]
     environment = Environment(train=rows, eval=[], rewards=[])
     with Server(config) as vllm:
-        generator = Generator(environment, config, policy.banned, adapter.encode)
+        generator = Generator(environment, config, policy.banned, adapter.encode_as_served,
+                              processor.tokenizer.decode)
         for version in range(ROUNDS):
             if version > 0:
                 perturb(model, noise)
@@ -176,7 +177,8 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         config = MultimodalRLConfig(
             model=args.model, output_dir=folder, vllm_server_host=host, vllm_server_port=int(port),
-            temperature=0.7, max_tokens=12, batch_size=4, rollouts_per_step=2, inference_args=flags)
+            temperature=0.7, max_tokens=12, batch_size=4, rollouts_per_step=2, max_dropped=0.0,
+            inference_args={} if args.server else flags)
         try:
             safe = check_model(config, report)
         except (ValueError, RuntimeError, OSError) as error:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint import state_dict as sharded
 from tqdm import tqdm
 
 from policy import FULL, merge_adapters
+from support.finite import check_finite
 from support.ranks import join_ranks, on_lead
 
 
@@ -40,10 +41,7 @@ def save(config, step: int, policy, optimizer, processor, keep: int | None) -> N
 
 def save_on_lead(config, step: int, policy, weights: dict, moments: dict, processor,
                  keep: int | None) -> None:
-    for name, weight in weights.items():
-        if weight.is_floating_point() and not weight.isfinite().all():
-            raise ValueError(f"step {step}: the weights are not finite ({name}) and are not saved; "
-                             "lower learning_rate and resume from an earlier checkpoint")
+    check_finite(weights, step)
     run_dir, merged = config.run_dir, merge_adapters(weights)
     partial, target = run_dir / "unfinished", run_dir / f"checkpoint-{step}"
     has_adapters = merged.keys() != weights.keys()

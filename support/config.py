@@ -34,7 +34,7 @@ MAY_BE_ZERO = {"inference_gpus", "trainer_gpus", "seed", "warmup_steps", "weight
                "mask_ratio_low", "lora_rank", "max_dropped", "async_steps", "sync_to_vllm_every",
                "save_every_steps", "eval_every_steps"}
 AT_MOST = {"mask_ratio_low": 1, "mask_ratio_high": 1e8, "clip_low": 1, "max_dropped": 1,
-           "vllm_server_port": 65535}
+           "vllm_server_port": 65535, "temperature": 2, "seed": 2**23 - 1}  # seed << 40 is sent
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,8 @@ class MultimodalRLConfig:
         flags = self.inference_args
         if "/" in self.vllm_server_host or ":" in self.vllm_server_host:
             raise ValueError(f"vllm_server_host must be a name or address alone: {self.url}")
+        if self.temperature < 0.01:
+            raise ValueError(f"temperature must be at least 0.01 to the server, not {self.temperature}")
         if "model" in flags or "port" in flags:
             raise ValueError("inference.args: set `model` and vllm_server_port instead")
         longest = flags.get("max_model_len")  # for vLLM it may be "32k", too

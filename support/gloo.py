@@ -38,3 +38,17 @@ class GlooWorker:
 
     def use_gloo(self) -> None:
         use_gloo()
+
+    def clean_caches(self) -> None:
+        """Zero the key-value caches that hold a number that is not finite.
+
+        Attention reads whole blocks. What lies after a request's last token is masked with a
+        weight of 0, but 0 * NaN is NaN: what exploded weights left there would spoil the requests
+        of every trainer to come.
+        """
+        for cache in self.model_runner.kv_caches:
+            tensors = cache if isinstance(cache, (list, tuple)) else [cache]
+            for tensor in tensors:
+                low, high = tensor.aminmax()  # both are NaN if one entry is; and no copy is made
+                if not (low.isfinite() and high.isfinite()):
+                    tensor.zero_()

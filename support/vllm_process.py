@@ -1,13 +1,17 @@
 """A vLLM server of our own: its command line, its process, and what its log says when it ends."""
 import contextlib
+import errno
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from support import secret
 from support.gpus import entries_at
+from support.text import plain
 
 ROOT = Path(__file__).parent.parent  # where the server finds support.gloo
 # How exceptions, with two lines of what they say, and mistakes in flags end vLLM's log.
@@ -20,14 +24,18 @@ def server_command(config) -> list[str]:
     """vLLM's OpenAI server for RL, with the flags of [inference.args]."""
     engine = "nccl" if config.backend == "gloo" else config.backend
     flags = {"model": config.model, "port": config.vllm_server_port, "host": "127.0.0.1",
-             "logprobs_mode": "processed_logprobs", "weight_transfer_config": {"backend": engine}}
+             "logprobs_mode": "processed_logprobs", "weight_transfer_config": {"backend": engine},
+             "worker_extension_cls": "support.gloo.GlooWorker"}
     if config.server_gpus == 0:
-        flags["worker_extension_cls"] = "support.gloo.GlooWorker"
         flags["enable_chunked_prefill"] = False  # with a seed it crashes vLLM 0.32 on CPUs
     elif "data_parallel_size" not in config.inference_args:
         flags["tensor_parallel_size"] = config.server_gpus
     flags |= config.inference_args
     flags.pop("chat_template_kwargs", None)  # no flag: every request says them
+    flags.pop("api_key", None)  # which other users would read here; see start
+    # The last middleware is the outermost one: nothing of the server is reached before it.
+    own = flags.pop("middleware", [])
+    middlewares = [*([own] if isinstance(own, str) else own), "support.secret.AskSecret"]
     # Not the `vllm` command: the CPU package's does not work.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for key, value in flags.items():
@@ -39,22 +47,37 @@ def server_command(config) -> list[str]:
         else:
             text = value if isinstance(value, str) else json.dumps(value)
             command += [f"--{flag}", text]
+    for name in middlewares:
+        command += ["--middleware", name]
     return command
 
 
 def start(config, log: Path) -> subprocess.Popen:
     """Run the server in a session of its own, so that Ctrl-C reaches the trainer alone."""
+    log.parent.mkdir(parents=True, exist_ok=True)
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ,
-           "VLLM_SERVER_DEV_MODE": "1",
+           "VLLM_SERVER_DEV_MODE": "1", secret.VARIABLE: secret.make(config.url),
            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1" if config.backend == "ipc" else "0"}
     if config.server_gpus > 0:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(entries_at(0, config.server_gpus))
-    log.parent.mkdir(parents=True, exist_ok=True)
+    if "api_key" in config.inference_args:
+        env["VLLM_API_KEY"] = os.environ["VLLM_API_KEY"] = config.inference_args["api_key"]
     with open(log, "w") as out:
         return subprocess.Popen(["sh", "-c", GUARD, "sh", *server_command(config)], env=env,
                                 stdout=out, stderr=out, stdin=subprocess.PIPE,
                                 start_new_session=True)
+
+
+def check_port(config) -> None:
+    """OSError at once, instead of after vLLM has started, if something else has the port."""
+    port = config.vllm_server_port
+    try:
+        socket.create_server((config.inference_args.get("host", "127.0.0.1"), port)).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(f"vllm_server_port {port}: {error.strerror}, by what is no vLLM server, "
+                          "or by one that is only starting: set another one, or wait") from error
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -70,4 +93,4 @@ def last_errors(log: Path) -> str:
     """The last errors in the log, or its last lines."""
     text = log.read_text(errors="replace")
     errors = re.findall(ERRORS, text) or text.splitlines()
-    return " | ".join(errors[-2:])
+    return plain(" | ".join(errors[-2:]))

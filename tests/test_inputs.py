@@ -38,7 +38,7 @@ def test_a_prompt_that_the_server_read_differently_is_refused():
     outputs = canned(trainer, [([noise(56, 56)], [4, 4])])
     wrong = outputs.prompt_ids[0][:5] + [9] + outputs.prompt_ids[0][6:]
     outputs.prompt_ids = [wrong, wrong]
-    with pytest.raises(ValueError, match="example 0: from token 5 on.*pixel limits"):
+    with pytest.raises(ValueError, match="from token 5 of the prompt on.*pixel limits"):
         trainer.build_batch(outputs)
 
 

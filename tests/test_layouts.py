@@ -3,13 +3,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import requests
 import torch
 
 import sync
 from conftest import ROOT, make_trainer
 from rollout import GenerateOutputs
 from support.config import MultimodalRLConfig, load_config
+from support.http import call
 from support.vllm_process import server_command
 from train import served
 
@@ -43,7 +43,7 @@ def test_the_layout_decides_backend_and_flags_and_vllm_understands_them(path, mo
 
 
 def test_the_routes_that_are_called_exist(server):
-    paths = requests.get(f"{server.url}/openapi.json", timeout=10).json()["paths"]
+    paths = call(f"{server.url}/openapi.json", method="get", timeout=10)["paths"]
     for route in ("/sleep", "/wake_up", "/pause", "/resume", "/weight_info", "/get_world_size",
                   "/update_weight_version", "/reset_encoder_cache", "/reset_mm_cache",
                   "/shutdown_weight_transfer_engine", "/start_weight_update", "/update_weights"):
@@ -52,12 +52,18 @@ def test_the_routes_that_are_called_exist(server):
 
 def test_a_server_that_sleeps_is_woken_by_the_next_weights(monkeypatch):
     trainer, calls = make_trainer(async_steps=0, inference_args={"enable_sleep_mode": True}), []
+    served = {"weight_version": "default"}
 
     def call(self, route, body=None, method="post"):
-        calls.append(route)
-        return {"weight_version": str(trainer.step)}
+        if route == "update_weight_version":
+            served["weight_version"] = body["new_version"]
+        if route != "weight_info":
+            calls.append(route)
+        return served
 
     monkeypatch.setattr(sync.Server, "call", call)
+    monkeypatch.setattr(sync.Server, "own_address", lambda self: "127.0.0.1")
+    trainer.server.ours = True
     trainer.server.engine = SimpleNamespace(send_weights=lambda: calls.append("weights"))
     trainer.generator = SimpleNamespace(begin=lambda *_: None,
                                         collect=lambda _: GenerateOutputs())

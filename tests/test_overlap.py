@@ -9,6 +9,7 @@ import torch
 
 from conftest import make_trainer, noise
 from rollout import Job
+from support import secret
 from test_faults import asking
 from test_runs import metrics
 from train import served
@@ -77,7 +78,7 @@ def _frames(error):
 
 def tokens_sampled(url: str) -> float:
     """By the server since its start."""
-    text = requests.get(f"{url}/metrics", timeout=10).text
+    text = requests.get(f"{url}/metrics", timeout=10, headers=secret.headers(url)).text
     return sum(float(line.split()[-1]) for line in text.splitlines()
                if line.startswith("vllm:generation_tokens_total"))
 

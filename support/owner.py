@@ -1,0 +1,120 @@
+"""One trainer sends weights to a server at a time, and a second one is told the name of the first.
+
+vLLM keeps one string for whoever updates its weights, the weight_version. Ours says which step of
+which trainer the weights are, and a port at which that trainer answers as long as it lives: however
+a process ends, its port ends with it. So no server is left locked, and no heartbeat is needed.
+"""
+import contextlib
+import os
+import re
+import secrets
+import socket
+import threading
+
+from support import other_server
+from support.http import ServerError
+from support.text import plain
+
+VERSION = re.compile(r"(?P<step>\S+) by (?P<name>.*) \[(?P<host>.*):(?P<port>\d+) (?P<token>\w+)\]")
+TOKENS = set()  # of this process, in which a new trainer may follow upon an old one
+SECONDS = 5     # to wait for an owner's answer
+
+
+class Lease:
+    """A trainer's right to its server (sync.Server), while the server names it as its owner."""
+
+    def __init__(self, server):
+        self.server, self.config = server, server.config
+        self.listener = None
+        self.token = secrets.token_hex(8)
+        self.name = plain(f"run {self.config.run_name!r}, process {os.getpid()} on "
+                          + socket.gethostname())
+        TOKENS.add(self.token)
+
+    def claim(self) -> None:
+        """Become the server's owner, if we are not yet.
+
+        ValueError if the server is none for this run, or if another trainer that lives owns it. A
+        plain vLLM that never gets any weights cannot have an owner.
+        """
+        if self.listener:
+            return
+        url = self.server.url
+        if not self.server.ours and not other_server.compare(self.config):
+            return
+        other = living_owner(self.served())
+        if other:
+            raise ValueError(f"the server at {url} is in use by {other}: wait for its end, or set "
+                             "another vllm_server_port")
+        self.listener = socket.create_server((self.server.own_address(), 0))
+        threading.Thread(target=answer, args=(self.listener, self.token), daemon=True).start()
+        self.ask("update_weight_version", {"new_version": self.version(None)})
+
+    def version(self, step: int | None) -> str:
+        """The weight_version of our weights after this step; None: nothing was sent yet."""
+        host, port = self.listener.getsockname()[:2]
+        return f"{step} by {self.name} [{host}:{port} {self.token}]"
+
+    def served(self) -> str:
+        """The server's weight_version."""
+        return str(self.ask("weight_info", method="get")["weight_version"])
+
+    def ask(self, route: str, body: dict | None = None, method: str = "post") -> dict:
+        """What the server answers; ServerError if it does not, as when its engine has died."""
+        try:
+            return self.server.call(route, body, method)
+        except (OSError, RuntimeError) as error:
+            raise ServerError(f"{self.server.url} does not answer: {error}") from error
+
+    def check(self) -> None:
+        """Raise unless the server has the weights that we sent last, and nobody else's.
+
+        ServerError if they are lost, because somebody restarted it; RuntimeError if another trainer
+        has sent its own.
+        """
+        if self.listener is None:
+            return
+        served, step, url = self.served(), self.server.version, self.server.url
+        if served == self.version(step):
+            return
+        other = living_owner(served)
+        if other:
+            raise RuntimeError(f"{url} was taken by {other}: one trainer at a time can use a "
+                               "server, set another vllm_server_port")
+        raise ServerError(f"{url} has weights {plain(served)!r}, not those of step {step}, which "
+                          "it was sent: it was started again, or taken by another trainer")
+
+    def release(self) -> None:
+        """Own the server no longer."""
+        if self.listener:
+            with contextlib.suppress(OSError):
+                self.listener.shutdown(socket.SHUT_RDWR)  # else accept() would wait for one more
+            self.listener.close()
+            self.listener = None
+
+
+def answer(listener: socket.socket, token: str) -> None:
+    """Say the token to whoever asks, until the listener is closed."""
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(token.encode())
+
+
+def living_owner(version: str) -> str | None:
+    """The name of the trainer of another process that sent these weights, if it still lives."""
+    match = VERSION.fullmatch(version)
+    if match is None or match["token"] in TOKENS:
+        return None
+    try:
+        with socket.create_connection((match["host"], int(match["port"])), SECONDS) as connection:
+            connection.sendall(b"who is there?\r\n\r\n")
+            said = connection.recv(100).decode(errors="replace")
+    except TimeoutError:
+        return plain(match["name"])  # it lives, but is stopped, or busy
+    except (OSError, OverflowError):
+        return None
+    return plain(match["name"]) if said == match["token"] else None
