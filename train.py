@@ -31,7 +31,7 @@ from support.http import ServerError
 from support.loading import load_model
 from support.lock import owned
 from support.prompts import reserved_strings
-from support.ranks import add_up, become_torchrun, join_ranks, on_lead
+from support.ranks import add_up, become_torchrun, is_on_all_ranks, join_ranks, on_lead
 from support.records import Records
 from sync import CheckpointSource, Server
 
@@ -79,37 +79,35 @@ class MultimodalGRPOTrainer:
         self.generator = None                # made when the server is up
         self.ahead = collections.deque()     # (rollouts under way, their weight version) by step
         self.checked = False                 # whether server and sharing were, on the first batch
+        self.good_row = None                 # one of the last micro-batch with finite logprobs
         self.bad_steps = 0                   # optimizer steps in a row without finite numbers
         self.stopping = 0                    # the signal that asked to stop
         self.seconds = {}                    # of each act of the step at hand
 
     def train(self) -> None:
         """Train until max_steps; save at the end and after errors. Needs the server."""
-        with owned(self.config.run_dir):
-            self.rehearse_save()
-            on_lead(lambda: self.records.open(self.past_metrics))
-            self.train_to_the_end()
-
-    def train_to_the_end(self) -> None:
         config = self.config
-        self.bar = tqdm(total=config.max_steps, initial=self.step, disable=self.rank > 0)
-        try:
-            while self.step < config.max_steps and not on_lead(lambda: self.stopping):
-                self.evaluate()                  # every eval_every_steps, on held-out prompts
-                outputs = self.roll_out()        # vLLM samples G completions per prompt
-                metrics = self.update(outputs)   # adapter -> batch -> masked GRPO -> AdamW
-                self.send_weights()              # the policy that samples is the trained one
-                self.log(metrics, outputs)
-                self.save_if_due()
-        except Exception as error:
-            if self.is_on_all_ranks(error):
-                self.try_to_save()  # all ranks must take part
-            raise
-        self.bar.close()
-        if not self.try_to_save():
-            self.save()
-        if self.step == config.max_steps:
-            self.evaluate()
+        with owned(config.run_dir):
+            on_lead(self.rehearse_save)
+            on_lead(lambda: self.records.open(self.past_metrics))
+            self.bar = tqdm(total=config.max_steps, initial=self.step, disable=self.rank > 0)
+            try:
+                while self.step < config.max_steps and not on_lead(lambda: self.stopping):
+                    self.evaluate()                  # every eval_every_steps, on held-out prompts
+                    outputs = self.roll_out()        # vLLM samples G completions per prompt
+                    metrics = self.update(outputs)   # adapter -> batch -> masked GRPO -> AdamW
+                    self.send_weights()              # the policy that samples is the trained one
+                    self.log(metrics, outputs)
+                    self.save_if_due()
+            except Exception as error:
+                if is_on_all_ranks(error):
+                    self.try_to_save()  # all ranks must take part
+                raise
+            self.bar.close()
+            if not self.try_to_save():
+                self.save()
+            if self.step == config.max_steps:
+                self.evaluate()
 
     # ---- act 1: roll out
 
@@ -230,6 +228,8 @@ class MultimodalGRPOTrainer:
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self.optimizer.step()
+            if turns:
+                self.good_row = turns[0][0].select([0])
         self.optimizer.zero_grad()
         if not finite:
             on_lead(lambda: self.report_bad(batch))
@@ -361,11 +361,23 @@ class MultimodalGRPOTrainer:
     def save(self) -> None:
         """Write run_dir/checkpoint-STEP, for from_pretrained and vLLM too; whole or not at all."""
         if self.saved_step < self.step:
+            self.check_policy()
             # A step that was skipped may be the sign of a spoiled state: no good one goes for it.
             keep = None if self.bad_steps else self.config.keep_checkpoints
             checkpoint.save(self.config, self.step, self.policy, self.optimizer,
                             self.adapter.processor or self.tokenizer, keep)
             self.saved_step = self.step
+
+    def check_policy(self) -> None:
+        """ValueError if the weights have exploded: finite ones, too, may overflow when used."""
+        if self.good_row is not None:
+            with torch.no_grad():
+                logprobs, _ = self.policy(self.good_row.to(self.device), share=False)
+            if not logprobs.isfinite().all():
+                error = ValueError("logprobs are not finite, because the weights have exploded; "
+                                   "lower learning_rate and resume from an earlier checkpoint")
+                error.on_all_ranks = True  # each of them has forwarded the same row
+                raise error
 
     def save_if_due(self) -> None:
         every = self.config.save_every_steps
@@ -379,20 +391,15 @@ class MultimodalGRPOTrainer:
             self.save()
             return True
         except Exception as error:  # disks, models and processors fail in any way
-            if not self.is_on_all_ranks(error):
+            if not is_on_all_ranks(error):
                 raise
             tqdm.write(f"step {self.step} could not be saved, the newest checkpoint is of step "
                        f"{self.saved_step}: {type(error).__name__}: {error}")
             return False
 
-    def is_on_all_ranks(self, error: Exception) -> bool:
-        """Whether all ranks go on from the same place, and may call what all of them must call."""
-        return self.world == 1 or getattr(error, "on_all_ranks", False)
-
     def rehearse_save(self) -> None:
-        """Find out early whether this run can be saved; ValueError if not."""
-        on_lead(lambda: checkpoint.rehearse(self.config, self.policy,
-                                            self.adapter.processor or self.tokenizer))
+        """Find out early, on rank 0, whether this run can be saved; ValueError if not."""
+        checkpoint.rehearse(self.config, self.policy, self.adapter.processor or self.tokenizer)
 
     def resume(self) -> None:
         """Load what config.resume asks for; ValueError if it is damaged or of another model."""
@@ -427,7 +434,7 @@ def served(config: MultimodalRLConfig):
         model, processor = load_model(config)
         adapter = load_adapter(config.adapter, processor)
         trainer = MultimodalGRPOTrainer(model, processor.tokenizer, adapter, config)
-        trainer.rehearse_save()
+        on_lead(trainer.rehearse_save)
         # What is wrong up to here is known before the long wait for a server.
         with trainer.server if rank == 0 else contextlib.nullcontext():
             yield trainer

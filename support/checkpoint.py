@@ -15,7 +15,6 @@ import random
 import re
 import shutil
 import time
-from dataclasses import asdict
 from hashlib import file_digest
 from pathlib import Path
 
@@ -79,7 +78,7 @@ def write(folder: Path, config, step: int, policy, weights: dict, processor, sta
         processor.save_pretrained(folder)
         # Without the user's metrics.jsonl, which he may have removed, a run goes on all the same.
         state = {"step": step, "metrics": metrics.read_text() if metrics.exists() else "",
-                 "config": json.dumps(asdict(config), default=str), **state, **random_state()}
+                 "config": json.dumps(config.to_record(), default=str), **state, **random_state()}
         torch.save(state, folder / "trainer.pt")
         (folder / "checksums.json").write_text(json.dumps(checksums(folder)))
     except BaseException:
@@ -193,7 +192,7 @@ def load(path: Path, model, optimizer, config) -> tuple[int, str]:
 
 def config_changes(old: dict, config) -> list[str]:
     """"key: old value -> new value" of each key of the config that another value is given to."""
-    new = json.loads(json.dumps(asdict(config), default=str))
+    new = json.loads(json.dumps(config.to_record(), default=str))
     return [f"{key}: {json.dumps(old[key])} -> {json.dumps(new[key])}" for key in new
             if key != "resume" and key in old and old[key] != new[key]]
 

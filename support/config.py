@@ -8,7 +8,7 @@ import re
 import signal
 import stat
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import tomli
@@ -164,6 +164,12 @@ class MultimodalRLConfig:
         if self.server_gpus == 0:
             return "gloo"
         return "nccl" if self.trainer_gpus else "ipc"
+
+    def to_record(self) -> dict:
+        """All keys and their values, but for the server's api_key, as they may be written down."""
+        values = asdict(self)
+        values["inference_args"].pop("api_key", None)
+        return values
 
     def loss_options(self) -> dict[str, float]:
         """The keyword arguments of grpo_loss, which are keys of the same names."""

@@ -48,6 +48,11 @@ def on_lead(action):
     return result
 
 
+def is_on_all_ranks(error: Exception) -> bool:
+    """Whether all ranks have it, and so go on from the same place and may make the same calls."""
+    return join_ranks()[1] == 1 or getattr(error, "on_all_ranks", False)
+
+
 def add_up(sums: dict[str, float], device) -> dict[str, float]:
     """The sums of all ranks, each of which has the same names in the same order."""
     if join_ranks()[1] == 1:

@@ -27,7 +27,7 @@ class Records:
         if config.wandb_project:
             import wandb
             self.wandb = wandb.init(project=config.wandb_project, name=config.run_name,
-                                    config=vars(config))
+                                    config=config.to_record())
 
     def open(self, past_metrics: str | None) -> None:
         """Set the metrics back to those of the checkpoint.

@@ -576,7 +576,9 @@ def test_weights_that_are_not_finite_are_not_saved_over_a_good_state(tmp_path, b
     assert make_trainer(output_dir=str(tmp_path), resume=True, **options).step == 1
 
 
-def test_a_run_whose_weights_explode_ends_with_its_last_good_state(tmp_path):
+@pytest.mark.parametrize("explode_to", [math.inf, math.nan, 1e30])
+def test_a_run_whose_weights_explode_ends_with_its_last_good_state(tmp_path, explode_to):
+    """1e30 is finite, but the forward pass overflows."""
     trainer = without_server(make_trainer(output_dir=str(tmp_path), max_steps=4,
                                           save_every_steps=1, keep_checkpoints=1))
     step = trainer.optimizer.step
@@ -585,7 +587,8 @@ def test_a_run_whose_weights_explode_ends_with_its_last_good_state(tmp_path):
         step()
         if trainer.step == 2:
             with torch.no_grad():
-                next(trainer.model.parameters()).fill_(math.inf)
+                for parameter in trainer.model.parameters():
+                    parameter.fill_(explode_to)
 
     trainer.optimizer.step = explode
     with pytest.raises((RuntimeError, ValueError), match="not finite"):
