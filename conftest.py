@@ -26,6 +26,7 @@ import processes
 from adapter import MultimodalAdapter
 from rollout import GenerateOutputs, Rollout
 from support.config import MultimodalRLConfig, load_config
+from support.owner import Lease
 from sync import Server
 from train import MultimodalGRPOTrainer
 
@@ -114,6 +115,21 @@ def pytest_sessionstart(session):
 def pytest_collection_modifyitems(items):
     """Those that need the server come last: it needs a minute to start."""
     items.sort(key=lambda item: "server" in item.fixturenames)
+
+
+@pytest.fixture(autouse=True)
+def leases_end_with_the_test(monkeypatch):
+    """A trainer that a test leaves behind in this process does not keep the server from others."""
+    claimed, claim = [], Lease.claim
+
+    def noted_claim(lease):
+        claimed.append(lease)
+        claim(lease)
+
+    monkeypatch.setattr(Lease, "claim", noted_claim)
+    yield
+    for lease in claimed:
+        lease.release()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -108,6 +108,7 @@ class MultimodalGRPOTrainer:
                 self.save()
             if self.step == config.max_steps:
                 self.evaluate()
+            self.server.lease.release()  # to whoever comes next, while this process lives on
 
     # ---- act 1: roll out
 

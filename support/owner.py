@@ -48,6 +48,7 @@ class Lease:
                              "another vllm_server_port")
         self.listener = socket.create_server((self.server.own_address(), 0))
         threading.Thread(target=answer, args=(self.listener, self.token), daemon=True).start()
+        self.server.version = None  # whatever it was sent before, somebody else may have been there
         self.ask("update_weight_version", {"new_version": self.version(None)})
 
     def version(self, step: int | None) -> str:

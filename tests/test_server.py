@@ -26,6 +26,7 @@ import pytest
 import requests
 import torch
 
+import processes
 import sync
 from conftest import ROOT, TINY, free_port, make_trainer, noise
 from rollout import Environment, Failure, Generator, Job
@@ -209,11 +210,11 @@ def test_a_first_trainer_that_was_killed_is_followed_and_one_that_is_stopped_is_
     words = command(config, run_name="first", max_steps=10_000)
     with running(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         wait_for_lines(tmp_path / "first" / "metrics.jsonl", 1, run)
-        run.send_signal(end)
+        processes.kill(run, end)
         time.sleep(0.5)
         second = sync.Server(dataclasses.replace(config, run_name="second"))
         if end == signal.SIGSTOP:
-            with pytest.raises(ValueError, match=f"in use by run 'first', process {run.pid} on"):
+            with pytest.raises(ValueError, match=r"in use by run 'first', process \d+ on"):
                 second.lease.claim()
         else:
             second.lease.claim()
