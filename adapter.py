@@ -36,33 +36,44 @@ class MultimodalAdapter:
         return reserved_strings(self.tokenizer, processor=self.processor)
 
     def build_batch(self, outputs: GenerateOutputs) -> MultimodalBatch:
-        """One (B, L) row per completion; ValueError if the server read a prompt otherwise."""
+        """One (B, L) row per conversation; ValueError if the server read a prompt otherwise.
+
+        A row is [prompt | completion | reply | completion | ...]; the loss mask is 1 on what the
+        policy sampled, and 0 on the replies of the environment.
+        """
         first_rows, prompt_index = self.find_prompts(outputs)
-        encoded = []
+        encoded = []  # by segment: the prompts, then the replies
         for row in first_rows:
             inputs = outputs.encoded[row] if outputs.encoded else None
             if inputs is None:
-                inputs = self.encode_as_served(outputs.prompt[row], outputs.images[row],
-                                               outputs.prompt_ids[row])
+                inputs = self.as_served(self.encode(outputs.prompt[row], outputs.images[row]),
+                                        outputs.prompt_ids[row])
             encoded.append(inputs)
         columns = {"input_ids": [], "attention_mask": [], "loss_mask": [], "behavior_logprobs": []}
-        for prompt, completion, logprobs in zip(outputs.prompt_ids, outputs.completion_ids,
-                                                outputs.completion_logprobs, strict=True):
+        replies, places = [], []  # of each row its segments; of each reply (row, first column)
+        for row, prompt in enumerate(outputs.prompt_ids):
+            completion, logprobs = outputs.completion_ids[row], outputs.completion_logprobs[row]
             if len(completion) != len(logprobs):
                 raise ValueError("the server must return one logprob for each sampled token, not "
                                  f"{len(logprobs)} for {len(completion)}")
             ids = torch.tensor(prompt + completion)
+            sampled = [0] * len(prompt) + outputs.completion_mask[row]
             columns["input_ids"].append(ids)
             columns["attention_mask"].append(torch.ones_like(ids))
-            columns["loss_mask"].append(torch.tensor([0] * len(prompt) + [1] * len(completion)))
+            columns["loss_mask"].append(torch.tensor(sampled))
             columns["behavior_logprobs"].append(torch.tensor([0.0] * len(prompt) + logprobs))
+            replies.append([])
+            for reply in outputs.replies[row]:
+                replies[row].append(len(encoded))
+                encoded.append(reply.encoded)
+                places.append((row, len(prompt) + reply.start))
         tokens = {name: pad_sequence(rows, batch_first=True) for name, rows in columns.items()}
         length = tokens["input_ids"].shape[1]
-        inputs, image_rows = collate(encoded, torch.tensor(prompt_index), length)
+        inputs, image_rows = collate(encoded, torch.tensor(prompt_index), places, length)
         return MultimodalBatch(
             **tokens, rewards=torch.tensor(outputs.reward, dtype=torch.float32),
             pixel_values=inputs.pop("pixel_values", None), extra_model_kwargs=inputs,
-            prompt_index=torch.tensor(prompt_index), image_rows=image_rows)
+            prompt_index=torch.tensor(prompt_index), image_rows=image_rows, replies=replies)
 
     def find_prompts(self, outputs: GenerateOutputs) -> tuple[list[int], list[int]]:
         """The first row of each distinct prompt, and for each row the number of its prompt.
@@ -79,18 +90,35 @@ class MultimodalAdapter:
             prompt_index.append(numbers[prompt])
         return first_rows, prompt_index
 
-    def encode(self, prompt: list[dict], images: list) -> dict[str, Tensor]:
-        """All that the processor makes of one prompt with these PIL images."""
-        if self.processor is None:
-            raise ValueError("MultimodalAdapter() has no processor; pass one or write build_batch")
-        messages = [{**message, "content": placeholders(message["content"])}
-                    for message in clean_prompt(prompt, images, self.reserved())]
+    def render(self, messages: list[dict], history: list[dict] = ()) -> str:
+        """The text of a prompt, with a placeholder for each image.
+
+        After a history, which ends with a completion, it is what the chat template puts between
+        that completion and the next one. The history itself is never rendered again as tokens:
+        what was sampled would come back changed.
+        """
+        if history:
+            mark = "\u2063completion\u2063"
+            marked = [*history[:-1], {**history[-1], "content": mark}]
+            return self.render([*marked, *messages]).rpartition(mark)[2]
+        plain = [{**message, "content": placeholders(message["content"])} for message in messages]
         # Of the template's two places vLLM, too, takes the tokenizer's where the first has none.
         template = (server_template(self.server_args) or self.processor.chat_template
                     or self.tokenizer.get_chat_template())
-        text = self.processor.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True,
+        return self.processor.apply_chat_template(
+            plain, chat_template=template, tokenize=False, add_generation_prompt=True,
             **template_options(self.server_args))
+
+    def token_ids(self, messages: list[dict], history: list[dict] = ()) -> list[int]:
+        """The tokens of render(), an image still being one placeholder, as the server wants them."""
+        return self.tokenizer(self.render(messages, history), add_special_tokens=False)["input_ids"]
+
+    def encode(self, messages: list[dict], images: list,
+               history: list[dict] = ()) -> dict[str, Tensor]:
+        """All that the processor makes of a prompt, or of a reply, with these PIL images."""
+        if self.processor is None:
+            raise ValueError("MultimodalAdapter() has no processor; pass one or write build_batch")
+        text = self.render(clean_prompt(messages, images, self.reserved()), history)
         # With a nested list of images, or special tokens added, some families misread the images
         # or begin with a token that the server does not have.
         encoded = self.processor(text=[text], images=images or None, add_special_tokens=False,
@@ -101,21 +129,28 @@ class MultimodalAdapter:
                 tensors[key] = tensor.float()
         return tensors
 
-    def encode_as_served(self, prompt: list[dict], images: list,
-                         prompt_ids: list[int]) -> dict[str, Tensor]:
-        """encode(); ValueError shows where the processor and the server's prompt ids part."""
-        encoded = self.encode(prompt, images)
+    def as_served(self, encoded: dict[str, Tensor], served_ids: list[int],
+                  is_reply: bool = False) -> dict[str, Tensor]:
+        """What encode() gave; ValueError shows where its ids and the server's part.
+
+        The template of a reply begins with the end of the completion before it. If the policy has
+        sampled that end itself, it is not among the served ids, and is left out.
+        """
         ours = encoded["input_ids"][0].tolist()
-        for at, (our_id, served_id) in enumerate(zip_longest(ours, prompt_ids)):
+        sampled_end = int(is_reply and ours[1:] == served_ids)
+        ours = ours[sampled_end:]
+        for at, (our_id, served_id) in enumerate(zip_longest(ours, served_ids)):
             if our_id != served_id:
-                near = [ids[max(0, at - 5):at + 5] for ids in (ours, prompt_ids)]
+                near = [ids[max(0, at - 5):at + 5] for ids in (ours, served_ids)]
                 texts = [self.tokenizer.decode(ids) for ids in near]
                 raise ValueError(
                     f"from token {at} of the prompt on, processor and server ({len(ours)} and "
-                    f"{len(prompt_ids)} tokens) differ, {near} = {texts}, by other pixel limits on "
+                    f"{len(served_ids)} tokens) differ, {near} = {texts}, by other pixel limits on "
                     "the server (mm_processor_kwargs), another chat template, tokenizer, or "
                     "truncation")
-        return encoded
+        shape = encoded["input_ids"].shape
+        return {key: tensor[:, sampled_end:] if tensor.shape == shape else tensor
+                for key, tensor in encoded.items()}
 
 
 def placeholders(content: str | list[dict]) -> str | list[dict]:
@@ -125,20 +160,25 @@ def placeholders(content: str | list[dict]) -> str | list[dict]:
     return [part if part["type"] == "text" else {"type": "image"} for part in content]
 
 
-def collate(encoded: list[dict], prompt_index: Tensor, length: int) -> tuple[dict, dict]:
-    """The processor's tensors of all prompts -> (model inputs beside the ids, image_rows).
+def collate(encoded: list[dict], prompt_index: Tensor, places: list[tuple[int, int]],
+            length: int) -> tuple[dict, dict]:
+    """The processor's tensors of all segments -> (model inputs beside the ids, image_rows).
 
-    Token-level ones, (1, prompt length), become (B, length) with 0 over completions. All others
-    are concatenated along dim 0, and zero-padded in their other dims to the largest.
+    The last of the segments are replies, each with its place, (row, first column). Token-level
+    tensors, (1, tokens of the segment), become (B, length), with 0 over completions. All others are
+    concatenated along dim 0, and zero-padded in their other dims to the largest.
     """
     inputs, image_rows = {}, {}
+    P = len(encoded) - len(places)
     keys = {key for tensors in encoded for key in tensors} - {"input_ids", "attention_mask"}
     for key in sorted(keys):
         present = [tensors for tensors in encoded if key in tensors]
         if all(tensors[key].shape == tensors["input_ids"].shape for tensors in present):
             lines = [tensors.get(key, torch.zeros_like(tensors["input_ids"])) for tensors in encoded]
-            lines = torch.cat([zero_pad(line, [length]) for line in lines])  # (P, length)
-            inputs[key] = lines[prompt_index]                                # (B, length)
+            prompts = torch.cat([zero_pad(line, [length]) for line in lines[:P]])  # (P, length)
+            inputs[key] = prompts[prompt_index]                                    # (B, length)
+            for (row, start), line in zip(places, lines[P:], strict=True):
+                inputs[key][row, start:start + line.shape[1]] = line[0]
         else:
             shapes = [tensors[key].shape[1:] for tensors in present]
             largest = [max(sizes) for sizes in zip(*shapes, strict=True)]

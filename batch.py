@@ -60,8 +60,10 @@ class MultimodalBatch:
     """One row per completion, and the images once per prompt. ValueError names a wrong tensor.
 
     pixel_values and extra_model_kwargs go to the model. Those of shape (B, L) are token-level. All
-    others hold images along dim 0: image_rows[key][p] of their entries belong to prompt p, and row
-    b shows the images of prompt prompt_index[b].
+    others hold images along dim 0, in segments: image_rows[key][s] of their entries are those of
+    segment s. The first segments are the prompts, and row b shows the images of prompt
+    prompt_index[b]. Further segments are replies of an environment within a conversation, and
+    replies[b] lists those of row b, in the order in which it shows them.
 
     Without prompt_index every row is a prompt of its own. Without image_rows every row shows one
     image: an entry of the tensor, or the patches that its line of image_grid_thw counts.
@@ -75,11 +77,14 @@ class MultimodalBatch:
     extra_model_kwargs: dict[str, Tensor] = field(default_factory=dict)
     prompt_index: Tensor | None = None     # (B,) int64
     image_rows: dict[str, list[int]] = field(default_factory=dict)
+    replies: list[list[int]] | None = None  # of each row; None: no row shows images but its prompt's
     advantages: Tensor | None = None       # (B,) set by the trainer
 
     def __post_init__(self):
         if self.prompt_index is None:
             self.prompt_index = torch.arange(len(self.input_ids))
+        if self.replies is None:
+            self.replies = [[] for _ in range(len(self.input_ids))]
         self.check_types()
         self.check_tokens()
         self.check_numbers()
@@ -156,6 +161,11 @@ class MultimodalBatch:
             if not fits or min(counts) < 0:
                 raise ValueError(f"{key} has {len(tensor)} entries: image_rows[{key!r}] must have "
                                  f"a number for each prompt, and these must add up to it")
+            listed = [segment for row in self.replies for segment in row]
+            P = int(self.prompt_index.max()) + 1
+            if len(self.replies) != len(self) or not all(P <= s < len(counts) for s in listed):
+                raise ValueError(f"replies must list, for each row, segments of image_rows[{key!r}] "
+                                 f"from {P} to {len(counts) - 1}, not {self.replies}")
         self.check_grids()
 
     def check_grids(self) -> None:
@@ -194,13 +204,20 @@ class MultimodalBatch:
         token_level = self.token_tensors()
         return {k: v for k, v in tensors.items() if v is not None and k not in token_level}
 
-    def images_of(self, prompts: list[int]) -> dict[str, Tensor]:
-        """The image tensors of these prompts, in this order; none where they have no images."""
+    def images_of(self, segments: list[int]) -> dict[str, Tensor]:
+        """The image tensors of these segments, in this order; none where they have no images."""
         images = {}
         for key, tensor in self.image_tensors().items():
             pieces = tensor.split(self.image_rows[key])
-            images[key] = torch.cat([pieces[p] for p in prompts])
+            images[key] = torch.cat([tensor[:0], *[pieces[segment] for segment in segments]])
         return {key: tensor for key, tensor in images.items() if len(tensor)}
+
+    def row_segments(self) -> list[int]:
+        """The segments that all rows show, row after row: each one's prompt, then its replies."""
+        shown = []
+        for prompt, replies in zip(self.prompt_index.tolist(), self.replies):
+            shown += [prompt, *replies]
+        return shown
 
     def cut_at(self, token_ids: list[int]) -> "MultimodalBatch":
         """The batch with each completion ended before the first of these ids that it sampled.
@@ -212,10 +229,15 @@ class MultimodalBatch:
         return self.with_fields(**{name: getattr(self, name) * before for name in PER_TOKEN})
 
     def select(self, rows: list[int]) -> "MultimodalBatch":
-        """The given rows, trimmed to their longest, with the images of their prompts alone."""
+        """The given rows, trimmed to their longest, with their own images alone."""
         prompts, prompt_index = self.prompt_index[rows].unique(return_inverse=True)
-        images = self.images_of(prompts.tolist())
-        image_rows = {key: [self.image_rows[key][p] for p in prompts.tolist()] for key in images}
+        segments, replies = prompts.tolist(), []
+        for row in torch.as_tensor(rows).tolist():
+            end = len(segments) + len(self.replies[row])
+            replies.append(list(range(len(segments), end)))
+            segments += self.replies[row]
+        images = self.images_of(segments)
+        image_rows = {key: [self.image_rows[key][s] for s in segments] for key in images}
         width = self.attention_mask[rows].sum(1).max()
         tokens = {key: tensor[rows, :width] for key, tensor in self.token_tensors().items()}
         advantages = None
@@ -225,7 +247,7 @@ class MultimodalBatch:
             **{name: getattr(self, name)[rows, :width] for name in PER_TOKEN},
             rewards=self.rewards[rows], advantages=advantages, prompt_index=prompt_index,
             pixel_values=images.pop("pixel_values", None), extra_model_kwargs=tokens | images,
-            image_rows=image_rows)
+            image_rows=image_rows, replies=replies)
 
     def parts(self, count: int) -> list["MultimodalBatch"]:
         """The batch dealt out to `count` optimizer steps, each prompt's completions to one of them.
@@ -242,14 +264,20 @@ class MultimodalBatch:
         """The micro-batches, dealt out: those of one turn are forwarded at once, one by each rank.
 
         The ranks of a sharded model must make the same calls. So the micro-batches of a turn are
-        alike: all with images or all without, and neighbours in length.
+        alike: all with images in prompts or all without, the same for replies, and neighbours in
+        length.
         """
-        micros = self.micro_batches(size, ranks)
         turns = []
-        for with_images in (True, False):
-            alike = [micro for micro in micros if bool(micro.image_rows) == with_images]
+        for kind in (True, True), (True, False), (False, True), (False, False):
+            alike = [micro for micro in self.micro_batches(size, ranks) if micro.shows() == kind]
             turns += [alike[i:i + ranks] for i in range(0, len(alike), ranks)]
         return turns
+
+    def shows(self) -> tuple[bool, bool]:
+        """Whether there are images in prompts, and in replies."""
+        P = int(self.prompt_index.max()) + 1
+        counts = list(self.image_rows.values())
+        return any(sum(c[:P]) > 0 for c in counts), any(sum(c[P:]) > 0 for c in counts)
 
     def micro_batches(self, size: int, ranks: int = 1) -> list["MultimodalBatch"]:
         """At most `size` completions each.
@@ -310,7 +338,7 @@ class MultimodalBatch:
         pair = 1 / (6 * hidden_size)
         patches = torch.tensor(self.image_rows.get("pixel_values", [0] * P))
         once = P * W_p * (1 + W_p * pair) + B * W_c * (1 + (W_p + W_c) * pair) + patches.sum()
-        alone = B * L * (1 + L * pair) + patches[self.prompt_index].sum()
+        alone = B * L * (1 + L * pair) + patches[self.row_segments()].sum()
         return bool(once < 0.9 * alone)
 
     def fork(self) -> Fork:

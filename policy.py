@@ -68,7 +68,7 @@ class Policy(torch.nn.Module):
         """The hidden state before each token in the loss, every row with its own prompt; (N, H)."""
         output = self.model.base_model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
-            **batch.token_tensors(), **batch.images_of(batch.prompt_index.tolist()))
+            **batch.token_tensors(), **batch.images_of(batch.row_segments()))
         before = output.last_hidden_state[:, :-1]                         # (b, L - 1, H)
         return before[batch.loss_mask[:, 1:].bool()]
 
@@ -79,9 +79,11 @@ class Policy(torch.nn.Module):
         token of all its completions.
         """
         fork, prompt_of = batch.fork(), batch.prompt_index                # prompt_of: (b,)
-        positions = self.prompt_positions(batch, fork.prompts)            # ([3,] P, W_p)
+        P = len(fork.prompts["input_ids"])
+        images = batch.images_of(list(range(P)))
+        positions = self.positions(fork.prompts, images)                  # ([3,] P, W_p)
         prompt = self.model.base_model(
-            **fork.prompts, **batch.image_tensors(), position_ids=positions, use_cache=True)
+            **fork.prompts, **images, position_ids=positions, use_cache=True)
         cache = prompt.past_key_values                                    # P lines
         cache.batch_select_indices(prompt_of)  # changes it in place: one line per completion, b
 
@@ -93,23 +95,37 @@ class Policy(torch.nn.Module):
         own_mask = inputs.pop("attention_mask")                           # (b, kept)
         prompt_mask = fork.prompts["attention_mask"][prompt_of]           # (b, W_p)
         full_mask = torch.cat([prompt_mask, own_mask], 1)                 # (b, W_p + kept)
-        last_position = positions[..., prompt_of, -1:]                    # ([3,] b, 1)
+        later_images = batch.images_of([s for row in batch.replies for s in row])
+        if later_images:
+            own_positions = self.completion_positions(batch, kept)        # ([3,] b, kept)
+        else:  # they count on from the prompt's last one
+            own_positions = positions[..., prompt_of, -1:] + own_mask.cumsum(1)
         completion = self.model.base_model(
-            **inputs, attention_mask=full_mask, position_ids=last_position + own_mask.cumsum(1),
+            **inputs, **later_images, attention_mask=full_mask, position_ids=own_positions,
             use_cache=True, past_key_values=cache)
 
         before_first = prompt.last_hidden_state[prompt_of, -1:]           # (b, 1, H)
         states = torch.cat([before_first, completion.last_hidden_state], 1)  # (b, 1 + kept, H)
         return states[:, :W_c][fork.trained]                              # (N, H)
 
-    def prompt_positions(self, batch: MultimodalBatch, prompts: dict[str, Tensor]) -> Tensor:
-        """(P, W_p) positions, or (3, P, W_p) of an M-RoPE model, which counts them by itself."""
+    def positions(self, inputs: dict[str, Tensor], images: dict[str, Tensor]) -> Tensor:
+        """Of token-level inputs (n, W): (n, W), or (3, n, W) of an M-RoPE model, which counts them."""
         count = getattr(self.model.base_model, "get_rope_index", None)
-        if count is None or not batch.token_tensors():  # without token types there are no images
-            return (prompts["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        grids = {key: grid for key, grid in batch.image_tensors().items() if "_thw" in key}
-        positions, _ = count(**prompts, **grids)
+        if count is None or inputs.keys() == {"input_ids", "attention_mask"}:  # no token types
+            return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        grids = {key: grid for key, grid in images.items() if "_thw" in key}
+        positions, _ = count(**inputs, **grids)
         return positions
+
+    def completion_positions(self, batch: MultimodalBatch, width: int) -> Tensor:
+        """([3,] b, width) positions of completions, counted in whole rows: they hold images."""
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask,
+                  **batch.token_tensors()}
+        whole = self.positions(inputs, batch.images_of(batch.row_segments()))  # ([3,] b, L)
+        starts, _ = batch.spans()
+        columns = torch.tensor(starts)[:, None] + torch.arange(width)          # (b, width)
+        columns = columns.clamp(max=whole.shape[-1] - 1).to(whole.device)
+        return whole.gather(-1, columns.expand(*whole.shape[:-1], width))
 
     def clip_gradients(self, most: float) -> float:
         """Scale the gradient down to this norm at most. Returns the norm that it had."""

@@ -5,8 +5,10 @@ one chat-completions request with n=G, and scores what comes back. Token ids and
 as they were sampled: nothing is tokenised again.
 """
 import atexit
+import contextlib
 import functools
 import importlib.util
+import math
 import random
 import sys
 import time
@@ -39,12 +41,19 @@ class Environment:
     The completion that they see is the text of exactly the sampled ids, whatever the server's
     parsers make of them. Special tokens stand in it, unless skip_special_tokens, but for the
     end-of-turn token. The message that the server parsed is state["message"].
+
+    An environment that answers has a play(say, completion, answer, **info), which goes on from the
+    first completion: say(messages) sends messages of the environment, with images or without, and
+    returns the policy's next completion. Rewards are then given the messages after the prompt, and
+    what play returned, a dict or None, as further info. The conversation ends where play does, or
+    in a say() for which no turn (max_turns) or no room (max_model_len) is left.
     """
     train: Sequence[dict]
     eval: Sequence[dict]
     rewards: Sequence[Callable[..., float]]
     weights: Sequence[float] | None = None  # 1 each
     skip_special_tokens: bool = False       # in the text that rewards are given
+    play: Callable[..., dict | None] | None = None
 
     def __post_init__(self):
         names = {getattr(reward, "__name__", None) for reward in self.rewards} - {None}
@@ -54,10 +63,18 @@ class Environment:
 
 
 @dataclass
+class Reply:
+    """What an environment said between two completions."""
+    start: int                # its first token's place in completion_ids
+    images: list[Image.Image]
+    encoded: object           # what the adapter made of it
+
+
+@dataclass
 class Rollout:
-    """One completion of one prompt, as sampled and scored."""
+    """One completion of one prompt, or one conversation from it, as sampled and scored."""
     prompt: list[dict]
-    completion: str
+    completion: str | list[dict]      # of a conversation: the messages after the prompt
     answer: str
     state: dict                       # the row; "image_url": its first image as a data URI;
                                       # "message": the completion as the server parsed it
@@ -66,12 +83,18 @@ class Rollout:
     reward: float
     metrics: dict[str, float]         # unweighted value of each reward function
     prompt_ids: list[int]             # image placeholders already expanded, by the server
-    completion_ids: list[int]         # with the end-of-turn token, if it was sampled
-    completion_logprobs: list[float]  # of completion_ids, at the sampling temperature
+    completion_ids: list[int]         # all after the prompt; with end-of-turn tokens, if sampled
+    completion_logprobs: list[float]  # of completion_ids, at the sampling temperature; replies: 0
     finish_reason: str                # "stop" or "length"
     images: list[Image.Image]
     encoded: object = None            # what the adapter made of (prompt, images), if it was asked
     finished: float = 0.0             # time.perf_counter()
+    completion_mask: list[int] | None = None  # 1 = sampled, 0 = of a reply; None: all were sampled
+    replies: list[Reply] = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.completion_mask is None:
+            self.completion_mask = [1] * len(self.completion_ids)
 
 
 @dataclass
@@ -106,12 +129,16 @@ class GenerateOutputs:
     images: list[list[Image.Image]] = field(default_factory=list)
     encoded: list = field(default_factory=list)
     finished: list[float] = field(default_factory=list)
+    completion_mask: list[list[int]] = field(default_factory=list)
+    replies: list[list[Reply]] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)  # why some completions are missing
     weight_version: int = 0  # the step whose weights sampled these
     weight_owner: str = ""   # the trainer that had sent them
 
     def __post_init__(self):
         self.reward = [number(reward) for reward in self.reward]
+        self.completion_mask = self.completion_mask or [[1] * len(ids) for ids in self.completion_ids]
+        self.replies = self.replies or [[] for _ in self.completion_ids]
 
     @classmethod
     def from_rollouts(cls, rollouts: list[Rollout], dropped: Sequence[str] = ()):
@@ -190,14 +217,14 @@ def render_part(part: dict, images: list[Image.Image]) -> dict:
     return {"type": "image_url", "image_url": {"url": png_data_uri(images[-1])}}
 
 
-def first_image_url(messages: list[dict]) -> str | None:
+def image_urls(messages: list[dict]) -> list[str]:
     """Of messages in OpenAI form."""
+    urls = []
     for message in messages:
         if not isinstance(message["content"], str):
-            for part in message["content"]:
-                if part["type"] == "image_url":
-                    return part["image_url"]["url"]
-    return None
+            urls += [part["image_url"]["url"] for part in message["content"]
+                     if part["type"] == "image_url"]
+    return urls
 
 
 @dataclass(frozen=True)
@@ -217,6 +244,83 @@ class Pending:
     results: list[AsyncResult]  # of each, when it is sampled: what Generator.group returns
 
 
+class ConversationOver(Exception):
+    """Nothing more can be said: the turns or the context are used up."""
+
+
+class Conversation:
+    """A rollout of several turns, recorded as token ids.
+
+    Completions stay as they were sampled, and all else as it was served: nothing is rendered or
+    tokenised again, and so the row that is trained is exactly what the policy saw and said.
+    `messages` says the same to environments.
+    """
+
+    def __init__(self, generator: "Generator", shared: dict, urls: list[str], choice: dict,
+                 seed: int):
+        self.generator, self.adapter, self.seed = generator, generator.adapter, seed
+        self.messages = list(shared["prompt"])
+        self.urls = list(urls)                                    # of all images so far
+        self.asked = self.adapter.token_ids(self.messages)        # an image is one placeholder
+        self.served = list(shared["prompt_ids"])                  # an image is all of its tokens
+        self.completion_ids, self.completion_mask, self.logprobs = [], [], []
+        self.replies = []
+        self.turns = 0
+        self.since = time.monotonic()  # when the environment's turn began; never, in the policy's
+        self.hear(choice)
+
+    def hear(self, choice: dict) -> str:
+        """Add a completion; its text."""
+        ids = choice["token_ids"]
+        self.completion_ids += ids
+        self.completion_mask += [1] * len(ids)
+        self.logprobs += [token["logprob"] for token in choice["logprobs"]["content"]]
+        self.asked += ids
+        self.served += ids
+        self.turns += 1
+        self.finish_reason = choice["finish_reason"]
+        text = self.generator.text_of(choice)
+        self.messages.append({"role": "assistant", "content": text})
+        return text
+
+    def say(self, messages: list[dict]) -> str:
+        """The policy's completion after these messages; ConversationOver if there cannot be one."""
+        generator = self.generator
+        if self.turns == generator.config.max_turns:
+            raise ConversationOver(f"max_turns = {self.turns}")
+        messages = clean_prompt(messages, reserved=generator.reserved)
+        rendered, images = render_prompt(messages)
+        encoded = self.adapter.encode(messages, images, self.messages)
+        length = len(self.served) + encoded["input_ids"].shape[1] + generator.config.max_tokens
+        if length > generator.max_model_len:
+            raise ConversationOver(f"{length} tokens, max_model_len {generator.max_model_len}")
+        ids = self.adapter.token_ids(messages, self.messages)
+        if self.asked[-1] == ids[0]:  # the end of the turn, which the policy has sampled itself
+            ids = ids[1:]
+        urls = self.urls + image_urls(rendered)
+        self.since = math.inf
+        try:
+            reply = generator.generate(self.asked + ids, urls, self.seed, self.turns)
+        finally:
+            self.since = time.monotonic()
+        # Nothing may be changed of what was served before, nor an image be left out of it.
+        served, known = reply["prompt_token_ids"], len(self.served)
+        placed = len((reply.get("mm_placeholders") or {}).get("image", ()))
+        if served[:known] != self.served or placed != len(urls):
+            raise ValueError(f"turn {self.turns + 1}: the server read the conversation otherwise, "
+                             f"with {placed} of {len(urls)} images")
+        new = served[known:]
+        encoded = self.adapter.as_served(encoded, new, is_reply=True)
+        self.replies.append(Reply(len(self.completion_ids), images, encoded))
+        self.completion_ids += new
+        self.completion_mask += [0] * len(new)
+        self.logprobs += [0.0] * len(new)
+        self.asked += ids
+        self.served, self.urls = served, urls
+        self.messages += messages
+        return self.hear(reply["choices"][0])
+
+
 @functools.lru_cache(maxsize=2)
 def shuffled(length: int, seed: str) -> list[int]:
     """The order of an epoch."""
@@ -228,32 +332,34 @@ def shuffled(length: int, seed: str) -> list[int]:
 class Generator:
     """Rolls out an environment's prompts on a vLLM OpenAI server, one request per prompt.
 
-    config: MultimodalRLConfig; banned: token ids never sampled; encode(prompt, images, prompt_ids)
-    is called once per prompt, while others are still being sampled; decode(ids,
+    config: MultimodalRLConfig; banned: token ids never sampled; adapter: a MultimodalAdapter with a
+    processor, which encodes each prompt and reply while others are still being sampled; decode(ids,
     skip_special_tokens=...) is that of a tokenizer, without it the server is asked for the text;
     reserved: strings that no text may hold, because the model reads them as images.
     """
 
-    def __init__(self, environment: Environment, config, banned: list[int] = (),
-                 encode: Callable | None = None, decode: Callable | None = None,
-                 reserved: Sequence[str] = ()):
-        self.environment, self.config, self.encode = environment, config, encode
+    def __init__(self, environment: Environment, config, banned: list[int] = (), adapter=None,
+                 decode: Callable | None = None, reserved: Sequence[str] = ()):
+        if environment and environment.play and adapter is None:
+            raise ValueError("an environment with play() needs an adapter that has a processor")
+        self.environment, self.config, self.adapter = environment, config, adapter
         self.decode = decode or self.ask_for_text
         self.reserved = reserved
         self.url = config.url
         self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
         atexit.register(self.pool.terminate)
-        model = self.call("v1/models", method="get")["data"][0]["id"]
+        model = self.call("v1/models", method="get")["data"][0]
+        self.max_model_len = model["max_model_len"]
         # The sampling distribution must be the softmax that the trainer differentiates. By itself
         # the server applies the model's generation_config.json (top_k=1 in Qwen2-VL's), and what
         # its own flags say: so all that it knows is set here.
-        self.sampling = {"model": model, "temperature": config.temperature, "top_p": 1.0,
-                         "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
-                         "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0,
-                         "watermarking": False, "max_tokens": config.max_tokens,
-                         "return_token_ids": True, "logprobs": True,
-                         "logit_bias": {str(i): -100 for i in banned},
-                         "chat_template_kwargs": template_options(config.inference_args)}
+        self.sampling = {"temperature": config.temperature, "top_p": 1.0, "top_k": -1,
+                         "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+                         "frequency_penalty": 0.0, "min_tokens": 0, "watermarking": False,
+                         "max_tokens": config.max_tokens,
+                         "logit_bias": {str(i): -100 for i in banned}}
+        self.chat = {"model": model["id"], "return_token_ids": True, "logprobs": True,
+                     "chat_template_kwargs": template_options(config.inference_args)}
 
     def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
         return call(f"{self.url}/{route}", body, method, timeout=self.config.generation_timeout)
@@ -313,7 +419,9 @@ class Generator:
         group, error = [], ValueError("the server did not return it")
         try:
             group, scoring = result.get()
-            scoring.result(self.config.generation_timeout, "reward")
+            # Of conversations each has a limit of its own.
+            limit = math.inf if self.environment.play else self.config.generation_timeout
+            scoring.result(limit, "reward")
         except ServerError:
             raise
         except Exception as raised:  # rows and images of an environment fail in any way
@@ -331,14 +439,19 @@ class Generator:
         row, messages, images = reading.result(self.config.generation_timeout, "row")
         # Sample i of a request gets its seed + i: neighbouring requests are n apart, none overlap.
         reply = self.call("v1/chat/completions", {
-            **self.sampling, "messages": messages, "n": job.n,
-            "seed": (self.config.seed << 40) + job.seed})
+            **self.chat, **self.sampling, "messages": messages, "n": job.n,
+            "seed": self.seed(job)})
+        urls = image_urls(messages)
         shared = {"prompt": row["prompt"], "answer": row.get("answer", ""),
                   "example_id": job.index, "info": row.get("info") or {},
-                  "state": {"image_url": first_image_url(messages), **row}, "images": images,
+                  "state": {"image_url": urls[0] if urls else None, **row}, "images": images,
                   "prompt_ids": reply["prompt_token_ids"], "encoded": None}
         group = []
-        return group, Task(lambda: self.score_group(job, reply, shared, group))
+        return group, Task(lambda: self.score_group(job, reply["choices"], shared, urls, group))
+
+    def seed(self, job: Job) -> int:
+        """That of the job's first completion."""
+        return (self.config.seed << 40) + job.seed
 
     def read(self, job: Job) -> tuple[dict, list[dict], list[Image.Image]]:
         """The row with its prompt in one form, the messages in OpenAI form, and their images."""
@@ -348,34 +461,78 @@ class Generator:
 
     def ask_for_text(self, ids: list[int], skip_special_tokens: bool) -> str:
         """The text of the ids by the server's tokenizer, special tokens included."""
-        return self.call("detokenize", {"model": self.sampling["model"], "tokens": ids})["prompt"]
+        return self.call("detokenize", {"model": self.chat["model"], "tokens": ids})["prompt"]
 
-    def score_group(self, job: Job, reply: dict, shared: dict, group: list) -> None:
-        """Add each completion of the reply to the group, with its reward."""
-        if self.encode and job.trained:
-            shared["encoded"] = self.encode(shared["prompt"], shared["images"],
-                                            shared["prompt_ids"])
-        for choice in reply["choices"]:
-            group.append(self.score(choice, shared))
-
-    def score(self, choice: dict, shared: dict) -> Rollout | Failure:
-        """One completion with its reward, or what a reward function raised."""
+    def text_of(self, choice: dict) -> str:
+        """What the policy said, without the token that ended its turn."""
         ids = choice["token_ids"]
-        said = ids if choice["finish_reason"] == "length" else ids[:-1]  # else a stop token ends it
+        said = ids if choice["finish_reason"] == "length" else ids[:-1]
+        return self.decode(said, skip_special_tokens=self.environment.skip_special_tokens)
+
+    def generate(self, token_ids: list[int], image_urls: list[str], seed: int, turn: int) -> dict:
+        """A later turn's completion, by token ids; like first turns, max_concurrent at a time."""
+        seed = random.Random(f"{seed}-{turn}").getrandbits(62)
+        body = {"token_ids": token_ids, "return_token_ids": True,
+                "content_parts": [{"type": "image_url", "url": url} for url in image_urls],
+                "sampling_params": {**self.sampling, "logprobs": 0, "seed": seed}}
+        return self.pool.apply(self.call, ("inference/v1/generate", body))
+
+    def score_group(self, job: Job, choices: list[dict], shared: dict, urls: list[str],
+                    group: list) -> None:
+        """Add each completion, or conversation from it, to the group, with its reward."""
+        if self.adapter and job.trained:
+            encoded = self.adapter.encode(shared["prompt"], shared["images"])
+            shared["encoded"] = self.adapter.as_served(encoded, shared["prompt_ids"])
+        if self.environment.play is None:
+            for choice in choices:
+                group.append(self.score(functools.partial(self.answer, choice), shared))
+            return
+        talks = []
+        for number, choice in enumerate(choices):
+            talk = Conversation(self, shared, urls, choice, self.seed(job) + number)
+            task = Task(functools.partial(self.score, functools.partial(self.play, talk), shared))
+            talks.append((talk, task))
+        for talk, task in talks:
+            try:
+                rollout = task.result(self.config.generation_timeout, "reply", clock=talk)
+            except TimeoutError as error:
+                rollout = Failure(job.index, error)
+            group.append(rollout)
+
+    def answer(self, choice: dict, shared: dict) -> tuple[dict, dict]:
+        """(the fields of the Rollout of a single completion, no further info)."""
+        return {"completion": self.text_of(choice), "completion_ids": choice["token_ids"],
+                "completion_logprobs": [token["logprob"]
+                                        for token in choice["logprobs"]["content"]],
+                "finish_reason": choice["finish_reason"],
+                "state": {"message": choice["message"], **shared["state"]}}, {}
+
+    def play(self, talk: Conversation, shared: dict) -> tuple[dict, dict]:
+        """(the fields of the Rollout of a conversation, what the environment found in it)."""
+        found = None
+        with contextlib.suppress(ConversationOver):
+            found = self.environment.play(talk.say, talk.messages[-1]["content"], shared["answer"],
+                                          **shared["info"])
+        return {"completion": talk.messages[len(shared["prompt"]):],
+                "completion_ids": talk.completion_ids, "completion_mask": talk.completion_mask,
+                "completion_logprobs": talk.logprobs, "replies": talk.replies,
+                "finish_reason": talk.finish_reason}, found or {}
+
+    def score(self, roll_out: Callable, shared: dict) -> Rollout | Failure:
+        """What was said, with its reward; or what the environment's code raised."""
         weights = self.environment.weights or [1.0] * len(self.environment.rewards)
         scores, total = {}, 0.0
         try:
-            text = self.decode(said, skip_special_tokens=self.environment.skip_special_tokens)
+            fields, found = roll_out(shared)
+            info = {**shared["info"], **found}
             for reward, weight in zip(self.environment.rewards, weights, strict=True):
-                score = number(reward(text, shared["answer"], **shared["info"]))
+                score = number(reward(fields["completion"], shared["answer"], **info))
                 scores[reward.__name__] = score
                 total += weight * score
             total = number(total)
-        except BaseException as error:  # reward functions, too, can fail in any way
+        except ServerError:
+            raise
+        except BaseException as error:  # what environments are made of can fail in any way
             return Failure(shared["example_id"], error)
-        state = {"message": choice["message"], **shared["state"]}
-        return Rollout(
-            completion=text, completion_ids=ids, reward=total, metrics=scores,
-            completion_logprobs=[token["logprob"] for token in choice["logprobs"]["content"]],
-            finish_reason=choice["finish_reason"], finished=time.perf_counter(),
-            **{**shared, "state": state})
+        return Rollout(**{**shared, **fields, "info": info}, reward=total, metrics=scores,
+                       finished=time.perf_counter())

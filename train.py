@@ -181,7 +181,7 @@ class MultimodalGRPOTrainer:
         if self.generator is None:
             self.generator = Generator(
                 self.environment, self.config, self.policy.banned, decode=self.tokenizer.decode,
-                encode=self.adapter.encode_as_served if self.adapter.processor else None,
+                adapter=self.adapter if self.adapter.processor else None,
                 reserved=reserved_strings(self.tokenizer, self.policy.banned,
                                           self.adapter.processor))
 

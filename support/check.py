@@ -130,7 +130,7 @@ def check_model(config: MultimodalRLConfig, report) -> bool:
     rows = [{"prompt": make_prompt(count, rng), "answer": ""} for count in (0, 1, 1, 2, 2)]
     environment = Environment(train=rows, eval=[], rewards=[])
     with Server(config) as vllm:
-        generator = Generator(environment, config, policy.banned, adapter.encode_as_served,
+        generator = Generator(environment, config, policy.banned, adapter,
                               processor.tokenizer.decode)
         for version in range(ROUNDS):
             if version > 0:

@@ -75,7 +75,8 @@ class MultimodalRLConfig:
     vllm_server_host: str = "0.0.0.0"       # this machine: train.py starts the server itself
     vllm_server_port: int = 8000
     vllm_server_timeout: float = 600        # seconds to come up; also for a weight update
-    generation_timeout: float = 600         # seconds for one prompt's completions
+    max_turns: int = 10                     # completions of a conversation, at most
+    generation_timeout: float = 600         # seconds for a request, a reply, a group's rewards
     max_concurrent: int = 128               # requests (prompts) in flight
     max_dropped: float = 0.5                # share of a step's completions that may fail
     mask_truncated: bool = False            # leave completions cut by max_tokens out of the loss

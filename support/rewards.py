@@ -45,7 +45,7 @@ class Task:
     """action() in a thread of its own: one that never returns takes no thread of a pool with it."""
 
     def __init__(self, action: Callable):
-        self.start, self.value, self.error = time.monotonic(), None, None
+        self.since, self.value, self.error = time.monotonic(), None, None
         self.thread = threading.Thread(target=self.run, args=(action,), daemon=True)
         self.thread.start()
 
@@ -57,11 +57,18 @@ class Task:
         except BaseException as error:  # SystemExit in here ends this thread, not who waits for it
             self.error = RuntimeError(f"{type(error).__name__}: {error}")
 
-    def result(self, seconds: float, what: str):
-        """Its value or exception; TimeoutError if there is none so many seconds after its start."""
-        self.thread.join(max(0.0, self.start + seconds - time.monotonic()))
-        if self.thread.is_alive():
-            raise TimeoutError(f"no {what} in {seconds:g} s (see generation_timeout)")
+    def result(self, seconds: float, what: str, clock=None):
+        """Its value or exception; TimeoutError if there is none so many seconds after clock.since.
+
+        The clock is the task itself, which counts from its start, or an object that sets `since`
+        anew with each sign of life.
+        """
+        clock = clock or self
+        while self.thread.is_alive():
+            left = clock.since + seconds - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"no {what} in {seconds:g} s (see generation_timeout)")
+            self.thread.join(min(left, 1))
         if self.error is not None:
             raise self.error
         return self.value

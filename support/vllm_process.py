@@ -25,7 +25,8 @@ def server_command(config) -> list[str]:
     engine = "nccl" if config.backend == "gloo" else config.backend
     flags = {"model": config.model, "port": config.vllm_server_port, "host": "127.0.0.1",
              "logprobs_mode": "processed_logprobs", "weight_transfer_config": {"backend": engine},
-             "worker_extension_cls": "support.gloo.GlooWorker"}
+             "worker_extension_cls": "support.gloo.GlooWorker",
+             "enable_scale_out": True}  # the route for token ids, by which later turns go
     if config.server_gpus == 0:
         flags["enable_chunked_prefill"] = False  # with a seed it crashes vLLM 0.32 on CPUs
     elif "data_parallel_size" not in config.inference_args:

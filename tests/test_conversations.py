@@ -1,0 +1,213 @@
+"""Conversations: a policy that sees, answers, and sees again, trained on exactly what was said."""
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from conftest import gradients, make_trainer, noise, relative_difference
+from rollout import Environment
+from support import check
+
+
+def asking(*images, text="What color is it?") -> list[dict]:
+    return [{"role": "user", "content": [
+        *[{"type": "image", "image": image} for image in images], {"type": "text", "text": text}]}]
+
+
+def rows(count: int) -> list[dict]:
+    return [{"prompt": asking(noise(56, 84, i)), "info": {"number": i}} for i in range(count)]
+
+
+def three_more(say, completion, answer, number):
+    """Three turns more, with one image each, but for every fourth prompt; sizes differ."""
+    for turn in range(3):
+        images = [noise(56 + 28 * turn, 56, 100 * number + turn)] if number % 4 else []
+        completion = say(asking(*images, text=f"And {turn}?"))
+    return {"last": completion}
+
+
+def length(completion, answer, number, last=None):
+    if isinstance(completion, list):
+        return float(sum(len(message["content"]) for message in completion[::2]))
+    return float(len(completion))
+
+
+def talker(server, play=three_more, count=4, rewards=(length,), **options):
+    """A trainer on the server whose environment answers."""
+    options = {"max_tokens": 6, "temperature": 2.0, "async_steps": 0, **options}
+    trainer = make_trainer(**{f.name: getattr(server, f.name) for f in dataclasses.fields(server)}
+                           | options)
+    trainer.environment = Environment(train=rows(count), eval=[], rewards=rewards, play=play)
+    trainer.on_server(lambda: None)
+    return trainer
+
+
+def test_every_turn_is_trained_as_it_was_sampled(server):
+    """Four turns, four images, temperature 2, truncated turns: trainer and server agree."""
+    trainer = talker(server)
+    outputs = trainer.generator.collect(trainer.generator.begin(0, 4, 8))
+    assert len(outputs) == 32 and outputs.dropped == []
+    assert {len(replies) for replies in outputs.replies} == {3}
+    batch = trainer.build_batch(outputs)
+    ends = trainer.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    sampled = [[i for i, m in zip(ids, mask) if m]
+               for ids, mask in zip(outputs.completion_ids, outputs.completion_mask)]
+    assert [mask.sum().item() for mask in batch.loss_mask] == [len(ids) for ids in sampled]
+    assert 0 < sum(ids.count(ends) for ids in sampled) < 4 * 32  # some turns were cut
+    assert check.server(trainer.policy, batch, must_agree=True)["max"] < 1e-5
+    with torch.no_grad():
+        alone, _ = trainer.policy(batch, share=False)
+        shared, _ = trainer.policy(batch, share=True)
+    assert (alone - shared).abs().max() < 1e-5
+    found = {}
+    for share in (False, True):
+        trainer.config = dataclasses.replace(trainer.config, share_prompt=share)
+        found[share] = gradients(trainer, outputs)
+    assert relative_difference(found[False], found[True]) < 1e-5
+    assert trainer.update(outputs)["kl"] < 1e-6
+
+
+@pytest.mark.parametrize("options", [{"micro_batch_size": 3}, {"gradient_checkpointing": True},
+                                     {"lora_rank": 2}, {"share_prompt": False}])
+def test_every_way_to_train_conversations_has_the_same_gradient(server, options):
+    trainer = talker(server)
+    outputs = trainer.generator.collect(trainer.generator.begin(1, 4, 8))
+    other = make_trainer(**{**vars(trainer.config), **options})
+    if "lora_rank" in options:  # its gradients are of other weights: only the loss is comparable
+        batch = trainer.build_batch(outputs)
+        with torch.no_grad():
+            wanted, found = (t.policy(batch, share=True)[0] for t in (trainer, other))
+        assert (wanted - found).abs().max() < 1e-5
+        assert other.update(outputs)["grad_norm"] > 0
+    else:
+        wanted, found = (gradients(t, outputs) for t in (trainer, other))
+        assert relative_difference(wanted, found) < 1e-5
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_pixel_of_the_second_image_changes_the_second_answer_and_not_the_first(server, share):
+    trainer = talker(server)
+    outputs = trainer.generator.collect(trainer.generator.begin(0, 4, 2))
+    row = next(i for i, replies in enumerate(outputs.replies) if replies[0].images)
+    batch = trainer.build_batch(outputs)
+    with torch.no_grad():
+        before, _ = trainer.policy(batch, share)
+        segment = batch.replies[row][0]
+        first = sum(batch.image_rows["pixel_values"][:segment])
+        batch.pixel_values[first] += 1
+        after, _ = trainer.policy(batch, share)
+    start = len(outputs.prompt_ids[row]) + outputs.replies[row][0].start
+    changed = (before[row] - after[row]).abs()
+    assert changed[:start].max() == 0 and changed[start:].max() > 1e-4
+    others = [i for i in range(len(batch)) if i != row]
+    assert (before[others] - after[others]).abs().max() < 1e-6
+
+
+def test_what_the_environment_says_gets_no_gradient(server):
+    """The loss does not change with the logprobs of its tokens."""
+    trainer = talker(server)
+    outputs = trainer.generator.collect(trainer.generator.begin(0, 4, 2))
+    batch = trainer.build_batch(outputs)
+    for row, replies in enumerate(outputs.replies):
+        prompt = len(outputs.prompt_ids[row])
+        assert batch.loss_mask[row, :prompt].sum() == 0
+        for reply in replies:
+            length = reply.encoded["input_ids"].shape[1]
+            place = slice(prompt + reply.start, prompt + reply.start + length)
+            assert batch.input_ids[row, place].tolist() == reply.encoded["input_ids"][0].tolist()
+            assert batch.loss_mask[row, place].sum() == 0
+        assert batch.loss_mask[row].sum() == sum(outputs.completion_mask[row])
+
+
+def test_rewards_see_the_whole_conversation_and_what_the_environment_found(server):
+    seen = []
+
+    def look(completion, answer, number, last):
+        seen.append((completion, number, last))
+        return 1.0
+
+    trainer = talker(server, rewards=[look])
+    trainer.generator.collect(trainer.generator.begin(0, 2, 2))
+    for completion, number, last in seen:
+        assert [message["role"] for message in completion] == ["assistant", "user"] * 3 + [
+            "assistant"]
+        assert completion[-1]["content"] == last
+        assert completion[1]["content"][-1]["text"] == "And 0?"
+
+
+# ---- the end of a conversation
+
+def test_max_turns_ends_a_conversation_and_it_is_scored(server):
+    trainer = talker(server, max_turns=2)
+    outputs = trainer.generator.collect(trainer.generator.begin(0, 2, 4))
+    assert {len(replies) for replies in outputs.replies} == {1} and not outputs.dropped
+
+
+def test_a_conversation_ends_where_the_context_does(server):
+    def endless(say, completion, answer, number):
+        while True:
+            say(asking(text="And now? " * 10))
+
+    trainer = talker(server, play=endless, max_turns=100)
+    outputs = trainer.generator.collect(trainer.generator.begin(0, 2, 4))
+    lengths = [len(p) + len(c) for p, c in zip(outputs.prompt_ids, outputs.completion_ids)]
+    assert not outputs.dropped and max(lengths) <= 512
+    assert min(lengths) > 512 - 6 - 100  # as long as the next reply did not fit
+    assert trainer.update(outputs)["kl"] < 1e-6
+
+
+def test_play_may_end_at_once(server):
+    trainer = talker(server, play=lambda say, completion, answer, number: None)
+    outputs = trainer.generator.collect(trainer.generator.begin(0, 2, 4))
+    assert all(isinstance(completion, list) for completion in outputs.completion)
+    assert trainer.update(outputs)["kl"] < 1e-6
+
+
+# ---- faults
+
+def raises(say, number):
+    raise KeyError("board")
+
+
+def nonsense(say, number):
+    say(3)
+
+
+def empty(say, number):
+    say([])
+
+
+def broken_image(say, number):
+    say(asking(b"not an image"))
+
+
+def quotes(say, number):
+    say(asking(text="<|image_pad|>"))
+
+
+def hangs(say, number):
+    import time
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("fault, said", [
+    (raises, "KeyError: 'board'"), (nonsense, "not a list"), (empty, "the prompt is empty"),
+    (broken_image, "cannot read image"), (quotes, "quotes '<|image_pad|>'"),
+    (hangs, "no reply in 3 s")])
+def test_a_reply_that_is_none_drops_its_conversation_alone(server, fault, said):
+    def play(say, completion, answer, number):
+        if number == 2:
+            fault(say, number)
+        return three_more(say, completion, answer, number)
+
+    trainer = talker(server, play=play, generation_timeout=3)
+    wanted = talker(server)
+    jobs = trainer.generator.begin(0, 4, 2)
+    outputs = trainer.generator.collect(jobs)
+    assert outputs.example_id.count(2) == 0 and len(outputs) == 6 and len(outputs.dropped) == 2
+    assert all(reason.startswith("example 2: ") and said in reason for reason in outputs.dropped)
+    undisturbed = wanted.generator.collect(wanted.generator.begin(0, 4, 2))
+    kept = [ids for ids, example in zip(undisturbed.completion_ids, undisturbed.example_id)
+            if example != 2]
+    assert outputs.completion_ids == kept
