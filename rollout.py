@@ -65,7 +65,8 @@ class Environment:
 @dataclass
 class Reply:
     """What an environment said between two completions."""
-    start: int                # its first token's place in completion_ids
+    start: int                # its tokens are completion_ids[start:end]
+    end: int
     images: list[Image.Image]
     encoded: object           # what the adapter made of it
 
@@ -131,6 +132,7 @@ class GenerateOutputs:
     finished: list[float] = field(default_factory=list)
     completion_mask: list[list[int]] = field(default_factory=list)
     replies: list[list[Reply]] = field(default_factory=list)
+    advantage: list[float] = field(default_factory=list)  # set by the trainer
     dropped: list[str] = field(default_factory=list)  # why some completions are missing
     weight_version: int = 0  # the step whose weights sampled these
     weight_owner: str = ""   # the trainer that had sent them
@@ -311,7 +313,8 @@ class Conversation:
                              f"with {placed} of {len(urls)} images")
         new = served[known:]
         encoded = self.adapter.as_served(encoded, new, is_reply=True)
-        self.replies.append(Reply(len(self.completion_ids), images, encoded))
+        start = len(self.completion_ids)
+        self.replies.append(Reply(start, start + len(new), images, encoded))
         self.completion_ids += new
         self.completion_mask += [0] * len(new)
         self.logprobs += [0.0] * len(new)

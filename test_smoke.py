@@ -346,6 +346,11 @@ def test_two_steps_on_a_real_server(server, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
     lines = [json.loads(line) for line in open(tmp_path / "colors" / "metrics.jsonl")]
     assert [line["step"] for line in lines] == [1, 2] and all(line["kl"] < 1e-6 for line in lines)
-    assert len(list((tmp_path / "colors" / "rollouts" / "step-2").glob("*.png"))) >= 3
+    folder = tmp_path / "colors" / "rollouts" / "step-2"
+    groups = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    assert [len(group["completions"]) for group in groups] == [8, 8]
+    for group in groups:
+        assert [load_image(folder / name).size[1] >= 56 for name in group["images"]] == [True]
+        assert sum(said["advantage"] for said in group["completions"]) == pytest.approx(0, abs=1e-5)
     saved = make_trainer(str(tmp_path / "colors" / "checkpoint-2")).model
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), trainer.model.parameters()))

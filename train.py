@@ -215,6 +215,7 @@ class MultimodalGRPOTrainer:
             batch.loss_mask[torch.tensor(truncated)] = 0
         batch.advantages = group_advantages(batch.rewards, torch.tensor(outputs.groups()),
                                             self.config.divide_by_std)
+        outputs.advantage = batch.advantages.tolist()
         return batch
 
     def optimizer_step(self, batch: MultimodalBatch) -> dict[str, float]:

@@ -10,8 +10,7 @@ from tqdm import tqdm
 
 from support.check import CAUSES
 
-SAMPLED = ("completion", "answer", "reward", "finish_reason")
-SAMPLES = 3  # rollouts that are written of a step
+GROUPS = 2  # whose completions are written of a step
 # What a run leaves in its folder. Where one of these is, the folder is that of an earlier run.
 TRACES = ("metrics.jsonl", "rollouts", "bad-batch-*.pt", "checkpoint-[0-9]*")
 
@@ -59,15 +58,23 @@ class Records:
             self.write_rollouts(step, outputs, tokenizer)
 
     def write_rollouts(self, step: int, outputs, tokenizer) -> None:
-        """A few completions of the step, spread over its prompts, with their images."""
+        """Whole groups, spread over the step: each turn with its images, and what it was worth."""
         folder = self.folder / "rollouts" / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
-        for i in range(0, len(outputs), max(1, len(outputs) // SAMPLES)):
-            sample = {key: outputs[key][i] for key in SAMPLED}
-            sample["prompt"] = tokenizer.decode(outputs.prompt_ids[i])
-            (folder / f"{i}.json").write_text(to_json(sample))
-            for j, image in enumerate(outputs.images[i]):
-                image.save(folder / f"{i}-{j}.png")
+        groups = list(dict.fromkeys(outputs.example_id))
+        for name in groups[::max(1, len(groups) // GROUPS)][:GROUPS]:
+            rows = [row for row, example in enumerate(outputs.example_id) if example == name]
+            first = rows[0]
+            group = {"prompt": tokenizer.decode(outputs.prompt_ids[first]),
+                     "answer": outputs.answer[first],
+                     "images": write_images(folder, f"{name}", outputs.images[first]),
+                     "completions": []}
+            for number, row in enumerate(rows):
+                group["completions"].append({
+                    "turns": write_turns(folder, f"{name}-{number}", outputs, row, tokenizer),
+                    "reward": outputs.reward[row], "advantage": outputs.advantage[row],
+                    "finish_reason": outputs.finish_reason[row]})
+            (folder / f"{name}.json").write_text(to_json(group))
 
     def write_bad_batch(self, step: int, batch) -> Path:
         """A batch without finite loss or gradient, for torch.load(weights_only=True)."""
@@ -75,6 +82,27 @@ class Records:
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.save(vars(batch), path)
         return path
+
+
+def write_turns(folder: Path, name: str, outputs, row: int, tokenizer) -> list[dict]:
+    """What the policy and the environment said after the prompt, in turns, as token ids say it."""
+    turns, start, ids = [], 0, outputs.completion_ids[row]
+    for number, reply in enumerate(outputs.replies[row]):
+        said = ids[reply.start:reply.end]
+        images = write_images(folder, f"{name}-{number}", reply.images)
+        turns += [{"policy": tokenizer.decode(ids[start:reply.start])},
+                  {"environment": tokenizer.decode(said), "images": images}]
+        start = reply.end
+    return [*turns, {"policy": tokenizer.decode(ids[start:])}]
+
+
+def write_images(folder: Path, name: str, images: list) -> list[str]:
+    """The names of the files."""
+    names = []
+    for number, image in enumerate(images):
+        names.append(f"{name}-image-{number}.png")
+        image.save(folder / names[-1])
+    return names
 
 
 def to_json(value) -> str:

@@ -1,13 +1,19 @@
 """Conversations: a policy that sees, answers, and sees again, trained on exactly what was said."""
 import dataclasses
-import random
+import json
+import os
+import subprocess
+import time
 
 import pytest
 import torch
 
-from conftest import gradients, make_trainer, noise, relative_difference
+from conftest import ROOT, gradients, make_trainer, noise, relative_difference
 from rollout import Environment
 from support import check
+from support.images import load_image
+from test_faults import command, running, timeless, wait_for_lines
+from test_runs import metrics
 
 
 def asking(*images, text="What color is it?") -> list[dict]:
@@ -187,7 +193,6 @@ def quotes(say, number):
 
 
 def hangs(say, number):
-    import time
     time.sleep(60)
 
 
@@ -211,3 +216,57 @@ def test_a_reply_that_is_none_drops_its_conversation_alone(server, fault, said):
     kept = [ids for ids, example in zip(undisturbed.completion_ids, undisturbed.example_id)
             if example != 2]
     assert outputs.completion_ids == kept
+
+
+# ---- a run
+
+def test_written_rollouts_show_every_turn_with_its_image(server, tmp_path):
+    trainer = talker(server, output_dir=str(tmp_path), log_every_steps=1)
+    outputs = trainer.generator.collect(trainer.generator.begin(0, 4, 2))
+    trainer.build_batch(outputs)
+    trainer.records.write_rollouts(1, outputs, trainer.tokenizer)
+    folder = tmp_path / "colors" / "rollouts" / "step-1"
+    for example in list(dict.fromkeys(outputs.example_id))[::2]:
+        group = json.loads((folder / f"{example}.json").read_text())
+        rows = [row for row, name in enumerate(outputs.example_id) if name == example]
+        assert [said["reward"] for said in group["completions"]] == [outputs.reward[r] for r in rows]
+        for row, said in zip(rows, group["completions"]):
+            assert [list(turn)[0] for turn in said["turns"]] == ["policy", "environment"] * 3 + [
+                "policy"]
+            for turn, reply in zip(said["turns"][1::2], outputs.replies[row]):
+                pictures = [load_image(folder / name).tobytes() for name in turn["images"]]
+                assert pictures == [image.tobytes() for image in reply.images]
+
+
+TALKING = '''
+from conftest import noise
+from rollout import Environment
+from test_conversations import asking, length, rows, three_more
+
+
+def load_environment(turns=4):
+    return Environment(train=rows(12), eval=rows(4), rewards=[length], play=three_more)
+'''
+
+
+def talking(server, tmp_path, run_name: str, **options) -> list[str]:
+    """The command of a run whose environment answers."""
+    (tmp_path / "talking.py").write_text(TALKING)
+    return command(server, **{"env.id": "talking", "run_name": run_name,
+                              "output_dir": tmp_path, "max_tokens": 6, "temperature": 2.0,
+                              "max_steps": 4, "save_every_steps": 1, "async_steps": 0, **options})
+
+
+def test_a_killed_run_of_conversations_goes_on_bit_for_bit(server, tmp_path):
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(
+        [str(tmp_path), str(ROOT), str(ROOT / "tests")])}
+    subprocess.run(talking(server, tmp_path, "straight"), cwd=ROOT, env=env, check=True)
+    with running(talking(server, tmp_path, "killed"), env=env) as run:
+        wait_for_lines(tmp_path / "killed" / "metrics.jsonl", 2, run)
+    subprocess.run(talking(server, tmp_path, "killed", resume="true"), cwd=ROOT, env=env,
+                   check=True)
+    configs = [dataclasses.replace(server, output_dir=str(tmp_path), run_name=name)
+               for name in ("straight", "killed")]
+    straight, killed = (timeless(metrics(config)) for config in configs)
+    assert straight == killed and len(straight) == 4
+    assert all(line["kl"] < 1e-6 for line in straight)
