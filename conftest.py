@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 sys.path.append(str(Path(__file__).parent / "tests"))  # as pytest does, for scripts that import this
 import processes
 from adapter import MultimodalAdapter
-from rollout import GenerateOutputs, Rollout
+from rollout import GenerateOutputs, Reply, Rollout
 from support.config import MultimodalRLConfig, load_config
 from support.owner import Lease
 from sync import Server
@@ -46,29 +46,50 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def canned(trainer, groups, seed=0) -> GenerateOutputs:
-    """Rollouts without a server: groups = [(images, [completion length, ...]), ...].
+    """Rollouts without a server: groups = [(images, [completion length, ...], replies), ...].
 
-    Their behavior logprobs are the model's own, but for a little noise.
+    Replies, which may be left out, are the lists of images that an environment shows after the
+    first completion and after further ones. The behavior logprobs are the model's own, but for a
+    little noise.
     """
     rng, rollouts = random.Random(seed), []
-    for example, (images, lengths) in enumerate(groups):
+    for example, (images, lengths, *replies) in enumerate(groups):
         prompt = [{"role": "user", "content": [{"type": "image", "image": i} for i in images]
                    + [{"type": "text", "text": "What color is the square? " * (1 + example % 2)}]}]
         ids = trainer.adapter.encode(prompt, images)["input_ids"][0].tolist()
         for i, length in enumerate(lengths):
+            completion, mask, said = [], [], []
+            for number, shown in enumerate([None, *sum(replies, [])]):
+                if number > 0:
+                    reply = canned_reply(trainer.adapter, prompt, shown, len(completion))
+                    said.append(reply)
+                    completion += reply.encoded["input_ids"][0].tolist()
+                    mask += [0] * (reply.end - reply.start)
+                completion += [rng.randrange(20, 250) for _ in range(length)]
+                mask += [1] * length
             rollouts.append(Rollout(
                 prompt=prompt, completion="x", answer="x", state={}, info={}, example_id=example,
                 reward=float(i % 2 == example % 2), metrics={"accuracy": 0.0}, prompt_ids=ids,
-                completion_ids=[rng.randrange(20, 250) for _ in range(length)],
-                completion_logprobs=[0.0] * length, finish_reason="stop", images=images))
+                completion_ids=completion, completion_logprobs=[0.0] * len(completion),
+                completion_mask=mask, replies=said, finish_reason="stop", images=images))
     outputs = GenerateOutputs.from_rollouts(rollouts)
     batch = trainer.build_batch(outputs)
     with torch.no_grad():
         logprobs, _ = trainer.policy(batch, share=False)
     outputs.completion_logprobs = [
-        [p + rng.uniform(-0.1, 0.1) for p in row[mask.bool()].tolist()]
-        for row, mask in zip(logprobs, batch.loss_mask)]
+        [p + rng.uniform(-0.1, 0.1) for p in row[-len(ids):].tolist()]
+        for ids, row in zip(outputs.completion_ids,
+                            [r[:n] for r, n in zip(logprobs, batch.attention_mask.sum(1))])]
     return outputs
+
+
+def canned_reply(adapter, prompt: list[dict], images: list, start: int) -> Reply:
+    """What an environment shows after a completion that ends at `start`."""
+    history = [*prompt, {"role": "assistant", "content": "red"}]
+    messages = [{"role": "user", "content": [{"type": "image", "image": i} for i in images]
+                 + [{"type": "text", "text": "And now?"}]}]
+    encoded = adapter.encode(messages, images, history)
+    return Reply(start, start + encoded["input_ids"].shape[1], images, encoded)
 
 
 def make_trainer(model_dir=TINY, **options) -> MultimodalGRPOTrainer:

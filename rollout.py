@@ -352,7 +352,7 @@ class Generator:
         self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
         atexit.register(self.pool.terminate)
         model = self.call("v1/models", method="get")["data"][0]
-        self.max_model_len = model["max_model_len"]
+        self.max_model_len = model.get("max_model_len", math.inf)
         # The sampling distribution must be the softmax that the trainer differentiates. By itself
         # the server applies the model's generation_config.json (top_k=1 in Qwen2-VL's), and what
         # its own flags say: so all that it knows is set here.

@@ -170,6 +170,9 @@ GROUPS = {  # (images, completion lengths) per prompt
     "text only": [([], [3, 5, 2]), ([], [1, 4])],
     "a mixture": [([noise(56, 56)], [2, 6, 3]), ([], [4, 1]),
                   ([noise(84, 84), noise(56, 56, 2)], [5, 3, 2])],
+    "conversations": [([noise(56, 56)], [2, 4, 3], [[noise(84, 56, 3)], [], [noise(28, 56, 4)]]),
+                      ([], [3, 1], [[noise(56, 56, 5), noise(56, 84, 6)]]), ([], [2, 2], [[]]),
+                      ([noise(56, 84, 7)], [3, 3], [[]]), ([noise(56, 56, 8)], [4, 2])],
 }
 
 

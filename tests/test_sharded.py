@@ -25,6 +25,10 @@ CASES = {  # name -> (groups, options of the trainer)
     "lora": (MIXTURE, {"lora_rank": 4, "learning_rate": 1e-4}),
     "frozen lora": (MIXTURE, {"lora_rank": 4, "freeze_vision": True, "learning_rate": 1e-4}),
     "text only": ([([], [3, 5, 2]), ([], [1, 4])], {}),
+    "conversations": (
+        [([noise(56, 56)], [2, 4, 3], [[noise(84, 56, 3)], [], [noise(28, 56, 4)]]),
+         ([], [3, 1], [[noise(56, 56, 5)]]), ([], [2, 2], [[]]), ([noise(56, 84, 7)], [3, 3])],
+        {"micro_batch_size": 2, "learning_rate": 1e-4}),
     "fewer rows than ranks": ([([noise(56, 84)], [3, 2])], {}),
 }
 THREE_STEPS = """
