@@ -17,8 +17,9 @@ OWNED = set()  # the run folders of this process
 def owned(folder: Path):
     """Own a run folder, and make it; inside of itself, in one process, it changes nothing.
 
-    Of several ranks rank 0 owns it for all. The lock is folder.lock, and ends with the process that holds it. ValueError names its owner if
-    that is another process, and says so if the folder cannot be written.
+    Of several ranks rank 0 owns it for all. The lock is folder.lock, beside what a link leads to,
+    and ends with the process that holds it. ValueError names its owner if that is another process,
+    and says so if the folder cannot be written.
     """
     place = folder.resolve()
     if place in OWNED or join_ranks()[0] > 0:
@@ -26,10 +27,10 @@ def owned(folder: Path):
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = take(Path(f"{folder}.lock"), folder)
+        lock = take(Path(f"{place}.lock"), folder)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written ({error.strerror}): see output_dir and "
-                         "run_name") from error
+        raise ValueError(f"{folder} cannot be written ({error.strerror}: {error.filename}): see "
+                         "output_dir and run_name") from error
     OWNED.add(place)
     try:
         yield

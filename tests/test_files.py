@@ -537,16 +537,23 @@ def pretend_cuda(monkeypatch) -> list[int]:
     """As if there were GPUs; the list of the devices that are set."""
     used = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     monkeypatch.setattr(torch.nn.Module, "cuda", lambda self: self)
     return used
 
 
-@pytest.mark.parametrize("visible, gpus", [("5", 1), ("GPU-1f,GPU-2e", 2), ("MIG-a", 1)])
-def test_too_short_a_list_of_gpus_is_refused(monkeypatch, visible, gpus):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+@pytest.mark.parametrize("visible, gpus, shown", [
+    ("5", 1, "5"), ("GPU-1f,GPU-2e", 2, "GPU-1f,GPU-2e"), ("MIG-a", 1, "MIG-a"),
+    ("3,-1,2", 1, "3"), ("0,1,", 2, "0,1"), ("6,NoDevFiles", 1, "6"), (None, 4, "0,1,2,3")])
+def test_too_short_a_list_of_gpus_is_refused(monkeypatch, visible, gpus, shown):
+    """CUDA, too, sees no entry after the first that names no GPU."""
     pretend_cuda(monkeypatch)
-    with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES={visible} shows .* GPUs that inf"):
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ValueError, match=f"^inference.gpus .* ask for {gpus + 1} GPUs, but .*: {shown}$"):
         load_model(MultimodalRLConfig(model=TINY, inference_gpus=gpus))
 
 
