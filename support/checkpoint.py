@@ -79,7 +79,10 @@ def write(folder: Path, config, step: int, policy, weights: dict, processor, sta
         # Without the user's metrics.jsonl, which he may have removed, a run goes on all the same.
         state = {"step": step, "metrics": metrics.read_text() if metrics.exists() else "",
                  "config": json.dumps(config.to_record(), default=str), **state, **random_state()}
-        torch.save(state, folder / "trainer.pt")
+        try:
+            torch.save(state, folder / "trainer.pt")
+        except RuntimeError as error:  # whose words are of positions in the file
+            raise OSError(f"{folder / 'trainer.pt'} was cut: is the disk full?") from error
         (folder / "checksums.json").write_text(json.dumps(checksums(folder)))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # a full disk needs its space

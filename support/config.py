@@ -15,6 +15,7 @@ import tomli
 import torch
 
 from loss import grpo_loss
+from support.text import plain
 
 # Where a key stands in the file -> its field. All other fields are keys of [trainer.args].
 PLACES = {"model": "model", "env.id": "env_id", "env.args": "env_args",
@@ -22,7 +23,8 @@ PLACES = {"model": "model", "env.id": "env_id", "env.args": "env_args",
           "trainer.gpus": "trainer_gpus", "trainer.adapter": "adapter"}
 TRAINER_ARGS = "trainer.args."
 
-# Keys, and flags of the server, whose values may be a file or folder that exists already.
+# Keys, and flags of the server, whose values may be a file or folder that exists already. A value
+# of [env.args] may be one, too, if it has a slash.
 PATHS = ("model", "resume")
 PATH_FLAGS = ("chat_template", "tokenizer", "hf_config_path")
 SECRET = re.compile("api_?key|hf_token|password|secret", re.IGNORECASE)  # keys not written down
@@ -224,23 +226,27 @@ def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
 
 def find_paths(values: dict, folders: list[Path]) -> dict:
     """The values by field, with what names a file or folder in one of these folders found there."""
-    found = dict(values)
-    for key in PATHS:
-        if isinstance(values.get(key), str):
-            found[key] = find_path(values[key], folders)
-    if isinstance(values.get("inference_args"), dict):  # a flag may be written with hyphens, too
-        flags = {key.replace("-", "_"): value for key, value in values["inference_args"].items()}
-        for flag in PATH_FLAGS:
-            if isinstance(flags.get(flag), str):
-                flags[flag] = find_path(flags[flag], folders)
-        found["inference_args"] = flags
-    if isinstance(values.get("output_dir"), str):
-        found["output_dir"] = os.path.expanduser(values["output_dir"])
+    found = {}
+    for key, value in values.items():
+        if key == "output_dir" and isinstance(value, str):
+            value = os.path.expanduser(value)
+        elif key in PATHS:
+            value = find_path(value, folders)
+        elif key == "env_args" and isinstance(value, dict):
+            value = {name: find_path(entry, folders) if "/" in str(entry) else entry
+                     for name, entry in value.items()}
+        elif key == "inference_args" and isinstance(value, dict):
+            flags = {flag.replace("-", "_"): entry for flag, entry in value.items()}
+            value = {flag: find_path(entry, folders) if flag in PATH_FLAGS else entry
+                     for flag, entry in flags.items()}
+        found[key] = value
     return found
 
 
-def find_path(value: str, folders: list[Path]) -> str:
+def find_path(value, folders: list[Path]):
     """The value as a path in the first folder that has it; else the value, perhaps a hub's name."""
+    if not isinstance(value, str):
+        return value
     value = os.path.expanduser(value)
     for folder in folders:
         if value and os.path.exists(folder / value):
@@ -283,8 +289,8 @@ JSON_TOKEN = re.compile(r"""("(?:\\.|[^"\\])*"|'[^']*'|[\w.+-]+)(\s*:\s*)?|,\s*(
 def toml_of_json(line: str) -> str:
     """A line as in JSON or Python in TOML; what stands in strings stays as it is.
 
-    >>> toml_of_json('"x": {"image": 4, \'b c\': [True, "True: {}"]},')
-    "x = { image = 4, 'b c' = [true, \"True: {}\"] }"
+    >>> toml_of_json('"x": {"image": 4, "a b": [True, "True: {}"]},')
+    'x = { image = 4, "a b" = [true, "True: {}"] }'
     """
     def in_toml(match: re.Match) -> str:
         word, colon = match.groups()
@@ -394,5 +400,5 @@ def mistakes():
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)
+        print("error:", plain(str(error)), file=sys.stderr)
         sys.exit(2)

@@ -44,7 +44,10 @@ def owned(folder: Path):
 def take(path: Path, folder: Path):
     """The locked file, with the name of its owner in it; ValueError if another process has it."""
     while True:
-        lock = open(path, "a+")
+        try:
+            lock = open(path, "a+")
+        except PermissionError:  # that of another user can be locked and removed, but not written
+            lock = open(path)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -55,10 +58,12 @@ def take(path: Path, folder: Path):
         except OSError as error:
             tqdm.write(f"{folder} cannot be locked ({error.strerror}): nothing keeps a second run "
                        "of this name out")
-        if path.exists() and os.path.samestat(os.stat(path), os.fstat(lock.fileno())):
+        if not lock.writable():
+            path.unlink()
+        elif path.exists() and os.path.samestat(os.stat(path), os.fstat(lock.fileno())):
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}, since "
                        f"{time.strftime('%Y-%m-%d %H:%M:%S')}")
             lock.flush()
             return lock
-        lock.close()  # its last owner has removed it meanwhile
+        lock.close()  # its last owner has ended
