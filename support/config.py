@@ -23,10 +23,10 @@ PLACES = {"model": "model", "env.id": "env_id", "env.args": "env_args",
           "trainer.gpus": "trainer_gpus", "trainer.adapter": "adapter"}
 TRAINER_ARGS = "trainer.args."
 
-# Keys, and flags of the server, whose values may be a file or folder that exists already. A value
-# of [env.args] may be one, too, if it has a slash.
-PATHS = ("model", "resume")
-PATH_FLAGS = ("chat_template", "tokenizer", "hf_config_path")
+# By table, the keys whose values may be a file or folder that is there already. In any other table,
+# as in [env.args], that may be every value with a slash.
+PATHS = {"": ("model", "resume"),
+         "inference_args": ("chat_template", "tokenizer", "hf_config_path")}
 SECRET = re.compile("api_?key|hf_token|password|secret", re.IGNORECASE)  # keys not written down
 
 # What asks a run to end: Ctrl-C, a scheduler or `kill`, and the terminal that is closed.
@@ -127,12 +127,12 @@ class MultimodalRLConfig:
             raise ValueError("enable_sleep_mode needs async_steps = 0 and sync_to_vllm_every = 1")
 
     def check_folder(self) -> None:
-        """The run folder must be below output_dir: a run that starts anew renames all of it."""
+        """The run folder must be below output_dir: a run moves what an earlier one left in it."""
         if not self.output_dir.strip():
             raise ValueError("output_dir must not be empty (an unset shell variable?)")
         name = Path(self.run_name)
         leaves = name.is_absolute() or ".." in name.parts or name == Path()
-        too_long = len(os.fsencode(name.name)) > 200  # "-past-" and a time must fit behind it
+        too_long = len(os.fsencode(name.name)) > 200  # file systems take 255, with "-past-TIME"
         if leaves or too_long or not self.run_name.strip() or not self.run_name.isprintable():
             raise ValueError(f"run_name must name a folder in output_dir, not {self.run_name!r} "
                              "(an unset shell variable?)")
@@ -224,30 +224,26 @@ def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def find_paths(values: dict, folders: list[Path]) -> dict:
+def find_paths(values: dict, folders: list[Path], table: str = "") -> dict:
     """The values by field, with what names a file or folder in one of these folders found there."""
     found = {}
     for key, value in values.items():
-        if key == "output_dir" and isinstance(value, str):
-            value = os.path.expanduser(value)
-        elif key in PATHS:
-            value = find_path(value, folders)
-        elif key == "env_args" and isinstance(value, dict):
-            value = {name: find_path(entry, folders) if "/" in str(entry) else entry
-                     for name, entry in value.items()}
-        elif key == "inference_args" and isinstance(value, dict):
-            flags = {flag.replace("-", "_"): entry for flag, entry in value.items()}
-            value = {flag: find_path(entry, folders) if flag in PATH_FLAGS else entry
-                     for flag, entry in flags.items()}
+        if table == "inference_args":
+            key = key.replace("-", "_")  # a flag may be written in both ways
+        if isinstance(value, dict):
+            value = find_paths(value, folders, key)
+        elif isinstance(value, str):
+            is_path = key in PATHS[table] if table in PATHS else "/" in value
+            if is_path or key == "output_dir":
+                value = os.path.expanduser(value)
+            if is_path:
+                value = find_path(value, folders)
         found[key] = value
     return found
 
 
-def find_path(value, folders: list[Path]):
+def find_path(value: str, folders: list[Path]) -> str:
     """The value as a path in the first folder that has it; else the value, perhaps a hub's name."""
-    if not isinstance(value, str):
-        return value
-    value = os.path.expanduser(value)
     for folder in folders:
         if value and os.path.exists(folder / value):
             return str(folder / value)
@@ -264,14 +260,16 @@ def check_model_path(model, folders: list[Path]) -> None:
 
 
 def parse_toml(text: str) -> dict:
-    """The table of a TOML text. If it is written as in JSON or Python, the error says it in TOML."""
+    """The table of a TOML text. If JSON or Python is the mistake, the error says it in TOML."""
     try:
         return tomli.loads(text)
     except tomli.TOMLDecodeError as error:
         place = re.search(r"at line (\d+)", str(error))
-        if place is None or SECRET.search(text.splitlines()[int(place[1]) - 1]):
+        if place is None:
             raise
         line = text.splitlines()[int(place[1]) - 1].strip()
+        if SECRET.search(line):
+            raise
         if re.search(r"[=:]\s*(None|null)\b", line):
             raise ValueError(f"{error}; TOML has no None: leave the key out") from error
         in_toml = toml_of_json(line)
@@ -282,12 +280,13 @@ def parse_toml(text: str) -> dict:
         raise ValueError(f"{error}; JSON is not TOML, which writes {in_toml}") from error
 
 
-# A string or a word, perhaps with the colon that makes it a key; a comma before nothing; a brace.
-JSON_TOKEN = re.compile(r"""("(?:\\.|[^"\\])*"|'[^']*'|[\w.+-]+)(\s*:\s*)?|,\s*(?=[]}]|$)|\{\s*|\s*\}""")
+# A string or a word, perhaps with the colon that makes it a key; the last comma of a list; a brace.
+JSON_TOKEN = re.compile(
+    r"""("(?:\\.|[^"\\])*"|'[^']*'|[\w.+-]+)(\s*:\s*)?|,\s*(?=[]}]|$)|\{\s*|\s*\}""")
 
 
 def toml_of_json(line: str) -> str:
-    """A line as in JSON or Python in TOML; what stands in strings stays as it is.
+    """A line of JSON or Python, in TOML. What stands in strings stays as it is.
 
     >>> toml_of_json('"x": {"image": 4, "a b": [True, "True: {}"]},')
     'x = { image = 4, "a b" = [true, "True: {}"] }'

@@ -31,7 +31,7 @@ def load_model(config):
 
 
 def check_hub(name: str) -> None:
-    """Raise at once if a model is neither here nor in the hub: transformers tries for 50 seconds."""
+    """Raise at once if a model cannot be had from the hub, where transformers tries for 50 s."""
     if not Path(name).is_dir() and not huggingface_hub.try_to_load_from_cache(name, "config.json"):
         huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, "config.json"))
 

@@ -244,13 +244,10 @@ def test_metrics_that_a_full_disk_does_not_take_are_written_when_it_does(tmp_pat
 
 def test_a_disk_that_is_full_in_the_middle_of_the_trainers_state_is_named(tmp_path):
     trainer = new_run(tmp_path)
-    trainer.optimizer.state_dict()["state"]  # which is small before the first step
-    random_state = torch.zeros(300_000)
-    trainer.step, trainer.past = 1, None
-    write = torch.save
+    trainer.step, large, write = 1, torch.zeros(300_000), torch.save
     with pytest.MonkeyPatch.context() as patch, full_disk():
         patch.setattr(trainer.policy.model, "save_pretrained", lambda *_, **__: None)
-        patch.setattr(torch, "save", lambda state, path: write([state, random_state], path))
+        patch.setattr(torch, "save", lambda state, path: write([state, large], path))
         with pytest.raises(OSError, match="trainer.pt was cut: is the disk full"):
             trainer.save()
     assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "metrics.jsonl"]
@@ -711,7 +708,7 @@ def test_too_short_a_list_of_gpus_is_refused(monkeypatch, visible, gpus, shown):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    with pytest.raises(ValueError, match=f"^inference.gpus .* ask for {gpus + 1} GPUs, but .*: {shown}$"):
+    with pytest.raises(ValueError, match=f"^inf.* ask for {gpus + 1} GPUs, but .*: {shown}$"):
         load_model(MultimodalRLConfig(model=TINY, inference_gpus=gpus))
 
 
@@ -813,7 +810,7 @@ HEAD = 'model = "x"\n[env]\nid = "colors"\n'
     ("[trainer.args]\nfreeze_vision = True", "freeze_vision = true"),
     ("[trainer.args]\nmax_steps: 5", "max_steps = 5"),
     ("[inference.args]\nlimit_mm_per_prompt = {'image': 4}", "limit_mm_per_prompt = { image = 4 }"),
-    ('[inference.args]\nlimit_mm_per_prompt = {"image": 4,},', "limit_mm_per_prompt = { image = 4 }"),
+    ('[env.args]\nlimit = {"image": 4,},', "limit = { image = 4 }"),
     ('[trainer.args]\n"max_steps": 5,', "max_steps = 5"),
     ("[trainer.args]\nfreeze_vision = TRUE", "freeze_vision = true"),
     ("[env.args]\nflags = [True, False,]", "flags = [true, false]"),
@@ -836,7 +833,7 @@ def test_other_mistakes_in_toml_get_no_such_hint(tmp_path):
         with pytest.raises(ValueError, match="c.toml") as error:
             load_config(str(tmp_path / "c.toml"))
         assert "JSON" not in str(error.value)
-    for text in ("n = None", "n: null", '{"n": None}'.replace("{", "x = {")):
+    for text in ("n = None", "n: null", 'x = {"n": None}'):
         (tmp_path / "c.toml").write_text(HEAD + "[env.args]\n" + text)
         with pytest.raises(ValueError, match="at line 5.*TOML has no None: leave the key out"):
             load_config(str(tmp_path / "c.toml"))
@@ -903,7 +900,6 @@ def test_an_environment_and_its_data_are_found_beside_the_config(tmp_path, monke
         "def load_environment(path, split):\n"
         "    rows = [{'prompt': open(path).read(), 'answer': split}]\n"
         "    return Environment(train=rows, eval=[], rewards=[])\n")
-    (project / "data" / "validation").mkdir()
     (project / "c.toml").write_text(f'model = "{TINY}"\n[env]\nid = "beside-the-config"\n'
                                     '[env.args]\npath = "data/train.txt"\nsplit = "data"\n')
     monkeypatch.chdir(tmp_path)
