@@ -24,9 +24,13 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def checked(name: str, value, kind: str, shape: tuple | None = None) -> Tensor:
-    """The tensor in the type of its kind; ValueError if it has not what its name says."""
+    """The values of the tensor, on the CPU, in the type of their kind; ValueError names what is wrong.
+
+    What was computed with a gradient loses it: it would flow into the policy through the batch.
+    """
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor, not {type(value).__name__}")
+    value = value.detach().cpu()
     if shape and value.shape != shape:
         raise ValueError(f"{name} is {tuple(value.shape)}, but must be {tuple(shape)}: "
                          "(B, L) of input_ids, or (B,)")
@@ -98,6 +102,9 @@ class MultimodalBatch:
                 setattr(self, name, checked(name, getattr(self, name), kind, B_L[:1]))
         if self.pixel_values is not None:
             self.pixel_values = checked("pixel_values", self.pixel_values, "pixels")
+        twice = self.extra_model_kwargs.keys() & vars(self).keys()
+        if twice:
+            raise ValueError(f"extra_model_kwargs: {sorted(twice)} are fields of the batch itself")
         self.extra_model_kwargs = {
             key: checked(key, tensor, "any", B_L if key.endswith("token_type_ids") else None)
             for key, tensor in self.extra_model_kwargs.items()}
@@ -152,10 +159,10 @@ class MultimodalBatch:
             else:
                 counts = self.one_image_per_row(key, tensor)
             self.image_rows[key] = counts
-            fits = sum(counts) == len(tensor) and len(counts) > self.prompt_index.max()
-            if not fits or min(counts) < 0:
+            P = self.prompt_index.max() + 1
+            if sum(counts) != len(tensor) or len(counts) != P or min(counts) < 0:
                 raise ValueError(f"{key} has {len(tensor)} entries: image_rows[{key!r}] must have "
-                                 f"a number for each prompt, and these must add up to it")
+                                 f"a number for each of {P} prompts, and these must add up to it")
         self.check_grids()
 
     def check_grids(self) -> None:
@@ -171,9 +178,9 @@ class MultimodalBatch:
 
     def one_image_per_row(self, key: str, tensor: Tensor) -> list[int]:
         """How many entries of an image tensor belong to each row, when each shows one image."""
-        if self.prompt_index.unique().numel() < len(self):
-            raise ValueError(f"image_rows[{key!r}] is missing: with several rows of one prompt it "
-                             f"must say how many of the {len(tensor)} entries each prompt has")
+        if not torch.equal(self.prompt_index, torch.arange(len(self))):
+            raise ValueError(f"image_rows[{key!r}] is missing: with a prompt_index it must say how "
+                             f"many of the {len(tensor)} entries each prompt has")
         grids = self.extra_model_kwargs.get("image_grid_thw", ())  # (images, 3)
         if len(tensor) != len(self) and len(grids) == len(self):
             return grids.prod(1).tolist()
@@ -292,8 +299,12 @@ class MultimodalBatch:
         return self.before_completion().sum(1).tolist(), self.attention_mask.sum(1).tolist()
 
     def first_rows(self) -> list[int]:
-        """For each prompt the first of its rows."""
+        """For each prompt the first of its rows; ValueError if a prompt has none."""
         index = self.prompt_index.tolist()
+        missing = set(range(max(index) + 1)).difference(index)
+        if missing:
+            raise ValueError(f"prompt_index: prompts {sorted(missing)} have no row; select() the "
+                             "rows to number their prompts anew")
         return [index.index(prompt) for prompt in range(max(index) + 1)]
 
     def sharing_pays(self, hidden_size: int) -> bool:
@@ -316,7 +327,8 @@ class MultimodalBatch:
     def fork(self) -> Fork:
         """The prompts and the completions as the two forward passes of a shared prompt need them.
 
-        Every row must have a token in the loss, for a completion begins at its first one.
+        A completion begins at its first token in the loss. ValueError if a row has none, or if a
+        prompt has no row.
 
         >>> ids = torch.tensor([[7, 8, 1, 2, 3], [7, 8, 4, 0, 0], [9, 5, 6, 0, 0]])
         >>> loss_mask = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 0, 0], [0, 1, 1, 0, 0]])
@@ -330,6 +342,10 @@ class MultimodalBatch:
                   **self.token_tensors()}
         starts, ends = self.spans()
         first_rows = self.first_rows()
+        without = [row for row, start in enumerate(starts) if start == ends[row]]
+        if without:  # all of such a row would be taken for its prompt
+            raise ValueError(f"loss_mask: rows {without} have no token in the loss, and so no place "
+                             "where their completion begins")
 
         def completions(tensor: Tensor) -> Tensor:  # (B, W_c)
             pieces = [row[start:end] for row, start, end in zip(tensor, starts, ends)]
