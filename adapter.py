@@ -128,7 +128,7 @@ def check_places(text: str, reserved: list[str], num_images: int) -> None:
     """
     counts = {string: text.count(string) for string in reserved}
     if counts and {0, *counts.values()} != {0, num_images}:
-        raise ValueError(f"the chat template writes {counts} into a prompt with {num_images} images")
+        raise ValueError(f"the chat template writes {counts} into a prompt of {num_images} images")
 
 
 def placeholders(content: str | list[dict]) -> str | list[dict]:
@@ -149,7 +149,8 @@ def collate(encoded: list[dict], prompt_index: Tensor, length: int) -> tuple[dic
     for key in sorted(keys):
         present = [tensors for tensors in encoded if key in tensors]
         if all(tensors[key].shape == tensors["input_ids"].shape for tensors in present):
-            lines = [tensors.get(key, torch.zeros_like(tensors["input_ids"])) for tensors in encoded]
+            lines = [tensors.get(key, torch.zeros_like(tensors["input_ids"]))
+                     for tensors in encoded]
             lines = torch.cat([zero_pad(line, [length]) for line in lines])  # (P, length)
             inputs[key] = lines[prompt_index]                                # (B, length)
         else:

@@ -24,9 +24,9 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def checked(name: str, value, kind: str, shape: tuple | None = None) -> Tensor:
-    """The values of the tensor, on the CPU, in the type of their kind; ValueError names what is wrong.
+    """The tensor in the type of its kind, on the CPU; ValueError if it has not what its name says.
 
-    What was computed with a gradient loses it: it would flow into the policy through the batch.
+    It has no gradient any more, for that would flow through the batch into the policy.
     """
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor, not {type(value).__name__}")
@@ -110,7 +110,7 @@ class MultimodalBatch:
             for key, tensor in self.extra_model_kwargs.items()}
 
     def check_tokens(self) -> None:
-        """Padding and masks that would train other tokens, or after another context, are refused."""
+        """Padding and masks that would train other tokens, or in another context, are refused."""
         if self.loss_mask[:, :1].any():
             raise ValueError("loss_mask: column 0 must be 0, nothing comes before the first token")
         if (self.attention_mask[:, 1:] > self.attention_mask[:, :-1]).any():
@@ -162,19 +162,20 @@ class MultimodalBatch:
             P = self.prompt_index.max() + 1
             if sum(counts) != len(tensor) or len(counts) != P or min(counts) < 0:
                 raise ValueError(f"{key} has {len(tensor)} entries: image_rows[{key!r}] must have "
-                                 f"a number for each of {P} prompts, and these must add up to it")
+                                 f"a number for each prompt ({P}), and these must add up to it")
         self.check_grids()
 
     def check_grids(self) -> None:
         """Patches go by the lines of image_grid_thw, in each prompt and not only in all of them."""
         grids = self.extra_model_kwargs.get("image_grid_thw")  # (images, 3)
-        if grids is None or self.pixel_values is None or grids.prod(1).sum() != len(self.pixel_values):
+        rows = self.image_rows.get("pixel_values", [])
+        if grids is None or grids.prod(1).sum() != sum(rows):
             return  # without images, or of a family that counts otherwise
-        lines = grids.prod(1).split(self.image_rows["image_grid_thw"])
-        patches = [line.sum().item() for line in lines]
-        if patches != self.image_rows["pixel_values"]:
-            raise ValueError(f"image_rows: the prompts have {self.image_rows['pixel_values']} rows "
-                             f"of pixel_values, but by image_grid_thw {patches}")
+        patches = [lines.prod(1).sum().item()
+                   for lines in grids.split(self.image_rows["image_grid_thw"])]
+        if patches != rows:
+            raise ValueError(f"image_rows: the prompts have {rows} rows of pixel_values, but by "
+                             f"image_grid_thw {patches}")
 
     def one_image_per_row(self, key: str, tensor: Tensor) -> list[int]:
         """How many entries of an image tensor belong to each row, when each shows one image."""
@@ -299,12 +300,8 @@ class MultimodalBatch:
         return self.before_completion().sum(1).tolist(), self.attention_mask.sum(1).tolist()
 
     def first_rows(self) -> list[int]:
-        """For each prompt the first of its rows; ValueError if a prompt has none."""
+        """For each prompt the first of its rows."""
         index = self.prompt_index.tolist()
-        missing = set(range(max(index) + 1)).difference(index)
-        if missing:
-            raise ValueError(f"prompt_index: prompts {sorted(missing)} have no row; select() the "
-                             "rows to number their prompts anew")
         return [index.index(prompt) for prompt in range(max(index) + 1)]
 
     def sharing_pays(self, hidden_size: int) -> bool:
@@ -341,11 +338,12 @@ class MultimodalBatch:
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask,
                   **self.token_tensors()}
         starts, ends = self.spans()
+        if any(start == end for start, end in zip(starts, ends)):
+            raise ValueError("loss_mask: a row without a token in the loss has no place where its "
+                             "completion begins; select() the others")
+        if len(self.prompt_index.unique()) <= self.prompt_index.max():
+            raise ValueError("prompt_index: a prompt has no row; select() numbers them anew")
         first_rows = self.first_rows()
-        without = [row for row, start in enumerate(starts) if start == ends[row]]
-        if without:  # all of such a row would be taken for its prompt
-            raise ValueError(f"loss_mask: rows {without} have no token in the loss, and so no place "
-                             "where their completion begins")
 
         def completions(tensor: Tensor) -> Tensor:  # (B, W_c)
             pieces = [row[start:end] for row, start, end in zip(tensor, starts, ends)]

@@ -112,14 +112,11 @@ def clean_part(part, filler: Filler, place: str) -> list[dict]:
         kind = "text"
     if kind not in ("text", "image", "image_url"):
         raise ValueError(f"{place} is of type {kind!r}, not text or image: {part!r:.200}")
-    if sources and part.get("text"):
-        raise ValueError(f"{place} holds both a text and an image: make two of it")
-    if sources and kind == "text":
-        raise ValueError(f"{place} is of type 'text', but holds an image")
+    if sources if kind == "text" else part.get("text"):
+        raise ValueError(f"{place} is of type {kind!r}, but a text and an image are two parts: "
+                         f"{part!r:.200}")
     if kind == "text":
         return text_parts(part.get("text"), filler, place)
-    if part.get("text"):
-        raise ValueError(f"{place} is of type {kind!r}, but holds a text")
     if not sources:
         return [filler.next_part(place)]
     filler.own += 1
@@ -207,7 +204,7 @@ def reserved_strings(tokenizer, token_ids: Sequence[int] = (), processor=None) -
 
 
 def processor_options(server_args: Mapping) -> dict:
-    """The server's mm_processor_kwargs, pixel limits for example: the trainer's processor's, too."""
+    """The server's mm_processor_kwargs, pixel limits for example, which the trainer's gets, too."""
     return as_table(server_args, "mm_processor_kwargs")
 
 
@@ -219,15 +216,13 @@ def template_options(server_args: Mapping) -> dict:
 
 def as_table(server_args: Mapping, name: str) -> dict:
     """A flag's table; flag and table may be written as on vLLM's command line, as JSON."""
-    table = server_args.get(name, server_args.get(name.replace("_", "-"))) or {}
-    if isinstance(table, str):
-        try:
+    table = server_args.get(name, server_args.get(name.replace("_", "-")))
+    try:
+        if isinstance(table, str):
             table = json.loads(table)
-        except ValueError as error:
-            raise ValueError(f"{name} is no JSON: {table!r:.200}: {error}") from error
-    if not isinstance(table, Mapping):
-        raise ValueError(f"{name} must be a table, not {table!r:.200}")
-    return dict(table)
+        return dict(table or {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a table, or one in JSON, not {table!r:.200}") from error
 
 
 def server_template(server_args: Mapping) -> str | None:
