@@ -146,6 +146,19 @@ def own_image(image: Image.Image) -> Image.Image:
         return image.copy()
 
 
+def without_shared_images(value):
+    """A row, or a value in one, whose PIL images are objects that no other thread has."""
+    if isinstance(value, Image.Image):
+        with contextlib.suppress(ValueError):  # of an animation, which the model is not shown
+            value = own_image(value)
+        return value
+    if isinstance(value, dict):
+        return {key: without_shared_images(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_shared_images(entry) for entry in value]
+    return value
+
+
 def no_credentials(request: requests.PreparedRequest) -> requests.PreparedRequest:
     """A way to sign requests that signs none; else requests would look into ~/.netrc."""
     return request
