@@ -21,8 +21,9 @@ from PIL import Image
 from support.http import ServerError, call
 from support.images import load_image, png_data_uri
 from support.prompts import clean_prompt, row_prompt, template_options
-from support.rewards import Task, number
-from support.text import make_plain, plain
+from support.rewards import number, scores
+from support.task import Task
+from support.text import describe, plain
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,8 @@ class Failure:
     example_id: int
     error: BaseException
 
-    def __post_init__(self):
-        make_plain(self.error)
-
     def __str__(self) -> str:
-        said = plain(str(self.error)) or "without a word"
-        return f"example {self.example_id}: {type(self.error).__name__}: {said}"
+        return f"example {self.example_id}: {describe(self.error)}"
 
 
 @dataclass
@@ -139,13 +136,6 @@ class GenerateOutputs:
 
     def __len__(self) -> int:
         return len(self.completion_ids)
-
-
-def reward_number(reward) -> float:
-    """A reward that was given as {"reward": x} is x."""
-    if isinstance(reward, dict):
-        return reward["reward"]
-    return reward
 
 
 def load_environment(env_id: str, args: dict) -> Environment:
@@ -359,23 +349,23 @@ class Generator:
             group.append(self.score(choice, shared))
 
     def score(self, choice: dict, shared: dict) -> Rollout | Failure:
-        """One completion with its reward, or what a reward function raised."""
-        ids = choice["token_ids"]
-        said = ids if choice["finish_reason"] == "length" else ids[:-1]  # else a stop token ends it
-        weights = self.environment.weights or [1.0] * len(self.environment.rewards)
-        scores, total = {}, 0.0
+        """One completion with its reward, or why there is none."""
         try:
-            text = self.decode(said, skip_special_tokens=self.environment.skip_special_tokens)
-            for reward, weight in zip(self.environment.rewards, weights, strict=True):
-                score = number(reward(text, shared["answer"], **shared["info"]))
-                scores[reward.__name__] = score
-                total += weight * score
-            total = number(total)
-        except BaseException as error:  # reward functions, too, can fail in any way
+            text = self.text(choice)
+            reward, metrics = scores(self.environment, text, shared["answer"], shared["info"])
+        except BaseException as error:  # reward functions can fail in any way
             return Failure(shared["example_id"], error)
-        state = {"message": choice["message"], **shared["state"]}
         return Rollout(
-            completion=text, completion_ids=ids, reward=total, metrics=scores,
+            **{**shared, "state": {"message": choice["message"], **shared["state"]}},
+            completion=text, completion_ids=choice["token_ids"], reward=reward, metrics=metrics,
             completion_logprobs=[token["logprob"] for token in choice["logprobs"]["content"]],
-            finish_reason=choice["finish_reason"], finished=time.perf_counter(),
-            **{**shared, "state": state})
+            finish_reason=choice["finish_reason"], finished=time.perf_counter())
+
+    def text(self, choice: dict) -> str:
+        """What the policy said: its sampled ids without the token that ends a turn, decoded."""
+        ids, reason = choice["token_ids"], choice["finish_reason"]
+        if reason not in ("stop", "tool_calls", "length"):
+            raise RuntimeError(f"the server broke it off ({reason})")
+        if reason != "length":
+            ids = ids[:-1]
+        return self.decode(ids, skip_special_tokens=self.environment.skip_special_tokens)

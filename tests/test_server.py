@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import socket
+import socketserver
 import stat
 import subprocess
 import sys
@@ -108,6 +109,12 @@ NOT_OURS = {  # what answers -> what the one line says
                          "weight_transfer_config 'ipc', not 'nccl'"),
     "workers without gloo": (vllm_routes({"parallel_config": {"worker_extension_cls": ""}}),
                              "no worker_extension_cls"),
+    "no table": (vllm_routes() | {"/server_info": ["x"]}, "no vLLM server"),
+    "an unknown table": (vllm_routes() | {"/server_info": {"x": 1}}, "no vLLM server"),
+    "flags of another kind": (vllm_routes({"model_config": "x"}), "no vLLM server"),
+    "models of another kind": (vllm_routes() | {"/v1/models": {"data": {}}}, "no vLLM server"),
+    "a redirect": (vllm_routes() | {"/v1/models": (302, "")}, "302 Found"),
+    "always an empty table": ({"/health": {}, "/v1/models": {}, "/server_info": {}}, "no vLLM server"),
     "a plain vLLM": ({k: v for k, v in vllm_routes().items() if k in ("/health", "/v1/models")},
                      "no RL routes"),
 }
@@ -177,6 +184,52 @@ def test_a_port_that_something_else_has_is_named_before_vllm_is_started(tmp_path
     assert time.monotonic() - start < 15 and not list(tmp_path.iterdir())
 
 
+class Raw(socketserver.StreamRequestHandler):
+    """Answers with bytes, one every 0.2 seconds, for ever."""
+    said = b""
+
+    def handle(self):
+        with contextlib.suppress(OSError):
+            self.wfile.write(self.said)
+            while self.said:
+                self.wfile.write(b"x")
+                time.sleep(0.2)
+
+
+@pytest.mark.parametrize("said", [b"", b"\x15\x03\x01\x00\x02\x02\x50", b"HTTP/1.1 2",
+                                  b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\nA: "])
+def test_a_service_that_closes_drips_or_speaks_tls_is_no_server_within_seconds(said, tmp_path):
+    handler = type("Handler", (Raw,), {"said": said})
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as web:
+        web.daemon_threads = True
+        threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
+        start = time.monotonic()
+        with pytest.raises(OSError, match="Address already in use, by what is no vLLM server"):
+            with sync.Server(config_for(web.server_address[1], output_dir=str(tmp_path))):
+                pass
+        assert time.monotonic() - start < 9
+        web.shutdown()
+
+
+def test_an_answer_that_drips_is_given_up(monkeypatch):
+    """A body without an end, after a good start."""
+    with service(vllm_routes()) as port:
+        monkeypatch.setattr(other_server, "call", lambda *_, **__: time.sleep(60))
+        monkeypatch.setattr(other_server, "SECONDS", 1)
+        with pytest.raises(ValueError, match=f"127.0.0.1:{port} does not answer: no answer in 1 s"):
+            with sync.Server(config_for(port)):
+                pass
+
+
+@pytest.mark.parametrize("said", [{}, [], {"weight_version": None}, (200, "<html>"), (204, "")])
+def test_a_version_that_is_none_of_ours_is_lost_and_not_a_traceback(said):
+    routes = vllm_routes()
+    with service(routes) as port, sync.Server(config_for(port)) as server:
+        routes["/weight_info"] = said
+        with pytest.raises(server_http.ServerError, match="has weights 'None'|does not answer: "):
+            server.lease.check()
+
+
 @pytest.mark.parametrize("key, fits", [("", False), ("wrong", False), ("right", True)])
 def test_the_api_key_of_the_environment_is_sent(key, fits, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", key)
@@ -221,13 +274,91 @@ def test_a_first_trainer_that_was_killed_is_followed_and_one_that_is_stopped_is_
             second.lease.release()
 
 
-def test_an_owner_is_who_answers_with_its_own_token():
+def lease_at(port: int, monkeypatch, address="127.0.0.1") -> owner.Lease:
+    """That of a trainer which reaches the server by this address of its own."""
+    monkeypatch.setattr(sync.Server, "own_address", lambda self: address)
+    return sync.Server(config_for(port)).lease
+
+
+def test_an_owner_is_who_answers_with_its_own_token(monkeypatch):
+    lease = lease_at(1, monkeypatch)
     with socket.create_server(("127.0.0.1", 0)) as silent, service({}) as web:
         for port, lives in ((silent.getsockname()[1], True), (web, False), (free_port(), False)):
-            said = owner.living_owner(f"3 by run 'a', process 1 on \x1b[1mb [127.0.0.1:{port} f00d]")
+            said = lease.living_owner(f"3 by run 'a', process 1 on \x1b[1mb [127.0.0.1:{port} f00d]")
             assert said == ("run 'a', process 1 on b" if lives else None)
     for version in ("default", "3", "", "3 by nobody", "3 by x [127.0.0.1:999999 f00d]"):
-        assert owner.living_owner(version) is None
+        assert lease.living_owner(version) is None
+
+
+def test_an_owner_that_cannot_be_asked_is_not_taken_for_dead(monkeypatch):
+    """One on the server's machine, asked from another; one behind a network that is down."""
+    version = f"3 by x [127.0.0.1:{free_port()} f00d]"
+    assert lease_at(1, monkeypatch, "10.0.0.7").living_owner(version) == "x"
+    lease = lease_at(1, monkeypatch)
+    assert lease.living_owner(version) is None
+    for error, lives in ((OSError(113, "No route to host"), True), (TimeoutError(), True),
+                         (ConnectionResetError(), False)):
+        def fail(*_, error=error):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "create_connection", fail)
+            assert (lease.living_owner(version) == "x") == lives
+
+
+def test_of_two_trainers_that_come_at_the_same_instant_one_owns_the_server(monkeypatch):
+    """Both have read that nobody does; the other one writes last."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        theirs = {"weight_version": f"None by run 'b' [127.0.0.1:{other.getsockname()[1]} f00d]"}
+        routes = vllm_routes()
+        said = [{"weight_version": "default"}, theirs]
+
+        class Changing(dict):
+            def get(self, path, default):
+                return said.pop(0) if path == "/weight_info" else super().get(path, default)
+
+        monkeypatch.setattr(other_server, "is_open", lambda url: False)
+        with service(Changing(routes)) as port:
+            lease = sync.Server(config_for(port)).lease
+            with pytest.raises(ValueError, match="in use by run 'b': wait for its end"):
+                lease.claim()
+            assert lease.listener is None and said == []
+
+
+KILLED = """
+import os, signal, sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_server import config_for
+import sync
+from support import other_server, vllm_process
+other_server.is_open = lambda url: False
+vllm_process.server_command = lambda config: ["sleep", "60"]
+config = config_for({port}, output_dir={folder!r})
+server = sync.Server(config)
+server.lease.claim()
+process = vllm_process.start(config, server.log)
+if os.fork() == 0:
+    os.closerange(0, 3)  # what a pool of processes of a reward leaves behind
+    time.sleep(60)
+    os._exit(0)
+print(server.lease.version(3), process.pid, sep="\\n", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_forks_of_a_killed_trainer_hold_neither_its_server_nor_its_lease(tmp_path, monkeypatch):
+    with service(vllm_routes()) as port:
+        run = subprocess.run(
+            [sys.executable, "-c", KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"),
+                                                 port=port, folder=str(tmp_path))],
+            cwd=ROOT, capture_output=True, text=True, timeout=60, start_new_session=True)
+        version, pid = run.stdout.splitlines()[-2:]
+        lease = lease_at(port, monkeypatch)
+        assert owner.VERSION.fullmatch(version) and lease.living_owner(version) is None
+    end = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def somebody_sends(server, change) -> None:
