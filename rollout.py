@@ -19,11 +19,13 @@ import requests
 from PIL import Image
 
 from support.http import ServerError, call
-from support.images import load_image, png_data_uri
-from support.prompts import clean_prompt, row_prompt, template_options
+from support.messages import first_image_url, render_prompt
+from support.prompts import row_prompt, template_options
 from support.rewards import number, scores
 from support.task import Task
 from support.text import describe, plain
+
+TIMEOUT_HINT = " (see generation_timeout)"
 
 
 @dataclass(frozen=True)
@@ -162,34 +164,6 @@ def find_loader(env_id: str) -> Callable[..., Environment]:
                      f"({sys.path[0] or '.'}, ...) or in envs/{name}.py")
 
 
-def render_prompt(prompt: list[dict]) -> tuple[list[dict], list[Image.Image]]:
-    """Chat messages -> (the same in OpenAI form with PNG data URIs, the images in order)."""
-    messages, images = [], []
-    for message in clean_prompt(prompt):
-        if not isinstance(message["content"], str):
-            message["content"] = [render_part(part, images) for part in message["content"]]
-        messages.append(message)
-    return messages, images
-
-
-def render_part(part: dict, images: list[Image.Image]) -> dict:
-    """The part in OpenAI form. Its image, if it has one, is added to the images."""
-    if part["type"] == "text":
-        return part
-    images.append(load_image(part[part["type"]]))
-    return {"type": "image_url", "image_url": {"url": png_data_uri(images[-1])}}
-
-
-def first_image_url(messages: list[dict]) -> str | None:
-    """Of messages in OpenAI form."""
-    for message in messages:
-        if not isinstance(message["content"], str):
-            for part in message["content"]:
-                if part["type"] == "image_url":
-                    return part["image_url"]["url"]
-    return None
-
-
 @dataclass(frozen=True)
 class Job:
     """n completions of one row, the first of them sampled with this seed, the next with seed + 1."""
@@ -220,16 +194,15 @@ class Generator:
 
     config: MultimodalRLConfig; banned: token ids never sampled; encode(prompt, images, prompt_ids)
     is called once per prompt, while others are still being sampled; decode(ids,
-    skip_special_tokens=...) is that of a tokenizer, without it the server is asked for the text;
-    reserved: strings that no text may hold, because the model reads them as images.
+    skip_special_tokens=...) is that of the tokenizer; reserved: strings that no text may hold,
+    because the model reads them as images.
     """
 
     def __init__(self, environment: Environment, config, banned: list[int] = (),
                  encode: Callable | None = None, decode: Callable | None = None,
                  reserved: Sequence[str] = ()):
-        self.environment, self.config, self.encode = environment, config, encode
-        self.decode = decode or self.ask_for_text
-        self.reserved = reserved
+        self.environment, self.config = environment, config
+        self.encode, self.decode, self.reserved = encode, decode, reserved
         self.url = config.url
         self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
         atexit.register(self.pool.terminate)
@@ -303,7 +276,7 @@ class Generator:
         group, error = [], ValueError("the server did not return it")
         try:
             group, scoring = result.get()
-            scoring.result(self.config.generation_timeout, "reward")
+            scoring.result(self.config.generation_timeout, "reward", TIMEOUT_HINT)
         except ServerError:
             raise
         except Exception as raised:  # rows and images of an environment fail in any way
@@ -318,7 +291,7 @@ class Generator:
         shrink.
         """
         reading = Task(lambda: self.read(job))
-        row, messages, images = reading.result(self.config.generation_timeout, "row")
+        row, messages, images = reading.result(self.config.generation_timeout, "row", TIMEOUT_HINT)
         # Sample i of a request gets its seed + i: neighbouring requests are n apart, none overlap.
         reply = self.call("v1/chat/completions", {
             **self.sampling, "messages": messages, "n": job.n,
@@ -335,10 +308,6 @@ class Generator:
         row = dict(job.rows[job.index])
         row["prompt"] = row_prompt(row, self.reserved)
         return row, *render_prompt(row["prompt"])
-
-    def ask_for_text(self, ids: list[int], skip_special_tokens: bool) -> str:
-        """The text of the ids by the server's tokenizer, special tokens included."""
-        return self.call("detokenize", {"model": self.sampling["model"], "tokens": ids})["prompt"]
 
     def score_group(self, job: Job, reply: dict, shared: dict, group: list) -> None:
         """Add each completion of the reply to the group, with its reward."""

@@ -25,7 +25,7 @@ from support.gloo import use_gloo
 from support.http import Refusal, ServerError, call, is_healthy, was_spoiled
 from support.owner import Lease
 from support.server_flags import server_config
-from support.text import plain
+from support.text import plain, print_plainly
 
 STARTS = 3  # attempts at bringing a lost server back
 
@@ -127,7 +127,7 @@ class Server:
             engine = self.engine or self.meet(source)
             # And so they stay if anything below fails: both sides then meet anew.
             self.engine = self.version = None
-            self.lease.mark_unfinished()
+            self.lease.write(None)
             with self.paused():
                 engine.send_weights()
                 if not caches_are_clean:
@@ -135,10 +135,9 @@ class Server:
                 self.call("reset_prefix_cache?reset_running_requests=true")
                 self.call("reset_mm_cache")
                 self.call("reset_encoder_cache")
-                version = self.lease.version(source.version)
-                self.call("update_weight_version", {"new_version": version})
+                self.lease.write(source.version)
             served = self.lease.served()
-            if served != version:
+            if served != self.lease.version(source.version):
                 raise RuntimeError(f"it serves {plain(served)!r}")
             self.engine, self.version = engine, source.version
         except (OSError, RuntimeError) as error:
@@ -255,6 +254,7 @@ class CheckpointSource:
 
 def main() -> None:
     """Run the server alone until it ends, or Ctrl-C."""
+    sys.excepthook = print_plainly
     with mistakes():
         config = server_config()
         if is_healthy(config.url):

@@ -100,10 +100,8 @@ def is_open(url: str) -> bool:
 
 def succeeds(url: str) -> bool:
     """Whether this is answered with a 200 within 5 seconds, whoever asks."""
-    def status() -> int:
-        return session().get(url, timeout=5, allow_redirects=False, stream=True).status_code
-
     try:
-        return Task(status).result(5, "answer") == 200
+        asking = Task(lambda: session().get(url, timeout=5, allow_redirects=False, stream=True))
+        return asking.result(5, "answer").status_code == 200
     except OSError:  # as all of requests' own errors are
         return False

@@ -28,7 +28,7 @@ class Lease:
 
     def __init__(self, server):
         self.server, self.config = server, server.config
-        self.listener = None
+        self.listener = None  # while we own the server
         self.token = secrets.token_hex(8)
         self.name = plain(f"run {self.config.run_name!r}, process {os.getpid()} on "
                           + socket.gethostname())
@@ -44,18 +44,16 @@ class Lease:
             return
         if not self.server.ours and not other_server.compare(self.config):
             return
-        self.listener = socket.create_server((self.server.own_address(), 0))
-        os.register_at_fork(after_in_child=self.listener.close)  # a child may outlive us
-        threading.Thread(target=answer, args=(self.listener, self.token), daemon=True).start()
+        listener = socket.create_server((self.server.own_address(), 0))
+        self.place = "{}:{}".format(*listener.getsockname()[:2])
         self.server.version = None  # whatever it was sent before, somebody else may have been there
-        try:
-            self.refuse_other()
-            self.mark_unfinished()
-            time.sleep(MOMENT)
-            self.refuse_other()
-        except BaseException:
-            self.release()
-            raise
+        self.refuse_other()
+        self.write(None)
+        time.sleep(MOMENT)
+        self.refuse_other()
+        self.listener = listener
+        os.register_at_fork(after_in_child=listener.close)  # a child may outlive us
+        threading.Thread(target=answer, args=(listener, self.token), daemon=True).start()
 
     def refuse_other(self) -> None:
         """ValueError if another trainer that lives owns the server."""
@@ -64,14 +62,13 @@ class Lease:
             raise ValueError(f"the server at {self.server.url} is in use by {other}: wait for its "
                              "end, start the server again, or set another vllm_server_port")
 
-    def mark_unfinished(self) -> None:
-        """Say on the server that its weights are no step of ours."""
-        self.ask("update_weight_version", {"new_version": self.version(None)})
-
     def version(self, step: int | None) -> str:
-        """The weight_version of our weights after this step; None: they are not all there yet."""
-        host, port = self.listener.getsockname()[:2]
-        return f"{step} by {self.name} [{host}:{port} {self.token}]"
+        """The weight_version of our weights after this step; None: they are not all there."""
+        return f"{step} by {self.name} [{self.place} {self.token}]"
+
+    def write(self, step: int | None) -> None:
+        """Let the server say that it has these weights."""
+        self.ask("update_weight_version", {"new_version": self.version(step)})
 
     def served(self) -> str:
         """The server's weight_version."""

@@ -44,6 +44,8 @@ def number(value) -> float:
         value = asyncio.run_coroutine_threadsafe(wait_for(value), event_loop()).result()
     if isinstance(value, Mapping):
         value = value["reward"]
+    if hasattr(value, "item"):  # an array or tensor of one number
+        value = value.item()
     if not math.isfinite(value):
         raise ValueError(f"a reward must be a finite number, not {value!r}")
     return float(value)

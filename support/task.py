@@ -20,11 +20,11 @@ class Task:
         except BaseException as error:  # SystemExit in here ends this thread, not who waits for it
             self.error = RuntimeError(f"{type(error).__name__}: {error}")
 
-    def result(self, seconds: float, what: str):
+    def result(self, seconds: float, what: str, hint: str = ""):
         """Its value or exception; TimeoutError if there is none so many seconds after its start."""
         self.thread.join(max(0.0, self.start + seconds - time.monotonic()))
         if self.thread.is_alive():
-            raise TimeoutError(f"no {what} in {seconds:g} s")
+            raise TimeoutError(f"no {what} in {seconds:g} s {hint}")
         if self.error is not None:
             raise self.error
         return self.value

@@ -558,6 +558,70 @@ def test_a_server_is_clean_after_it_was_sent_clean_weights(server, same_trainer)
                           torch.tensor(sum(before.completion_logprobs, [])), atol=1e-5)
 
 
+def test_an_update_that_breaks_leaves_a_server_that_answers_and_says_so(server, tmp_path):
+    """A server of somebody else's may have other users: it must not stay paused for them."""
+    trainer = make_trainer(**options_of(server))
+    trainer.on_server(lambda: None)
+
+    class Breaks:
+        metadata, version = trainer.source.metadata, 5
+
+        def __iter__(self):
+            yield from list(trainer.source)[:20]
+            raise RuntimeError("no memory")
+
+    trainer.server.engine = None
+    with pytest.raises(server_http.ServerError, match="weights 5 did not reach .*: no memory"):
+        trainer.server.send(Breaks())
+    assert trainer.server.call("is_paused", method="get") == {"is_paused": False}
+    assert trainer.server.lease.served().startswith("None by run ")
+    trainer.server.stop()
+    assert len(trainer.roll_out()) == 32
+
+
+def test_caches_are_cleaned_when_nothing_samples_with_the_old_weights_any_more(server):
+    trainer, asked = make_trainer(**options_of(server)), []
+    call = trainer.server.call
+
+    def noted(route, body=None, method="post"):
+        asked.append((body or {}).get("method") or route.split("?")[0])
+        return call(route, body, method)
+
+    trainer.server.call = noted
+    trainer.on_server(lambda: None)
+    wanted = ["pause", "clean_caches", "reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache",
+              "update_weight_version", "resume"]
+    assert asked[asked.index("pause"):-1] == wanted
+    for spoiled in (False, True):  # the caches of a server that we have met are clean
+        asked.clear()
+        if spoiled:
+            server_http.SPOILED.add(f"127.0.0.1:{server.vllm_server_port}")
+        trainer.server.send(trainer.source)
+        assert asked[asked.index("pause"):-1] == [w for w in wanted if spoiled or w != wanted[1]]
+
+
+def test_completions_that_somebody_aborts_are_dropped(server):
+    """A pause of another's, whose default is to abort what is running."""
+    generator = generator_of(server, [asking(noise(56, 56, i)) for i in range(4)],
+                             [lambda *_, **__: 1.0], max_tokens=400)
+    generator.sampling |= {"ignore_eos": True, "max_tokens": 400}
+    pending = generator.submit([Job(generator.environment.train, i, 8, 8 * i) for i in range(4)])
+    while not requests_running(server):
+        time.sleep(0.05)
+    generator.call("pause?mode=abort")
+    generator.call("resume")
+    found = [entry for job, result in zip(pending.jobs, pending.results)
+             for entry in generator.finish(job, result)]
+    broken = [entry for entry in found if isinstance(entry, Failure)]
+    assert broken and all("broke it off (abort)" in str(failure) for failure in broken)
+
+
+def requests_running(server) -> bool:
+    said = requests.get(f"{server.url}/metrics", headers=secret.headers(server.url), timeout=10)
+    return any(line.startswith("vllm:num_requests_running") and not line.endswith(" 0.0")
+               for line in said.text.splitlines())
+
+
 # ---- the secret
 
 def test_without_the_secret_the_server_answers_nothing_but_health(server):
@@ -623,6 +687,20 @@ def test_the_secret_of_the_environment_is_used_and_files_are_ones_own(tmp_path, 
     assert secret.known(url) is None and secret.make(url) == secret.known(url)
 
 
+@pytest.mark.parametrize("name", ["VLM_SERVER_SECRET", "VLLM_API_KEY"])
+def test_a_secret_that_no_header_can_carry_is_refused_and_not_shown(name, monkeypatch, capfd):
+    with service(vllm_routes()) as port:
+        for word in ("two words", "two\nlines", "gr\u00fcn", "\x1b[1mx"):
+            monkeypatch.setenv(name, word)
+            with pytest.raises(ValueError, match=f"{name} must be of printable ASCII") as error:
+                with sync.Server(config_for(port)):
+                    pass
+            assert word not in str(error.value) and word not in repr(error.value.__context__)
+        monkeypatch.setenv(name, " word\n")  # as files and shells leave it
+        assert list(secret.headers("http://x:1").values()) in (["word"], ["Bearer word"])
+    assert secret.variable(name) == "word"
+
+
 def test_the_middleware_asks_websockets_and_mounted_apps_too(monkeypatch):
     monkeypatch.setenv("VLM_SERVER_SECRET", "word")
     reached, sent = [], []
@@ -663,6 +741,9 @@ def test_own_middleware_and_keys_of_the_config_stand_beside_ours():
     words = vllm_process.server_command(config)
     given = [words[i + 1] for i, word in enumerate(words) if word == "--middleware"]
     assert given == ["a.B", "c.D", "support.secret.AskSecret"] and "word" not in words
+    for name in ("api-key", "max-model-len"):
+        config = MultimodalRLConfig(model=TINY, inference_args={name: "word", "data-parallel-size": 2})
+        assert ("word" in vllm_process.server_command(config)) == (name != "api-key")
 
 
 # ---- what is sampled
@@ -717,12 +798,12 @@ def canned_reply(*choices) -> dict:
          "logprobs": {"content": [{"logprob": -1.0} for _ in ids]}} for ids, reason, message in choices]}
 
 
-def rolled_out(reply: dict, functions, monkeypatch, **options):
+def rolled_out(reply: dict, functions, monkeypatch, row=None, **options):
     """The outputs of one job, whose completions the server replied."""
     tokenizer = make_trainer().tokenizer
     with service(vllm_routes()) as port:
-        environment = Environment(train=[{"prompt": [{"role": "user", "content": "?"}]}], eval=[],
-                                  rewards=functions, **options)
+        row = row or {"prompt": [{"role": "user", "content": "?"}]}
+        environment = Environment(train=[row], eval=[], rewards=functions, **options)
         generator = Generator(environment, config_for(port, max_dropped=0.99,
                                                       generation_timeout=20),
                               decode=tokenizer.decode)
@@ -768,8 +849,6 @@ def test_on_a_real_server_rewards_see_the_sampled_tokens(server):
         assert text_ == tokenizer.decode(ids if reason == "length" else ids[:-1])
         assert seen[text_] > 0
     assert set(outputs.finish_reason) >= {"stop"}
-    asked = generator.ask_for_text([*outputs.completion_ids[0]], skip_special_tokens=False)
-    assert asked == tokenizer.decode(outputs.completion_ids[0])
 
 
 class Says:
@@ -825,6 +904,122 @@ def test_one_odd_reward_drops_its_completion_alone_with_a_reason(value, said, mo
     assert outputs.reward == [10.0, 5.0, 10.0] and time.monotonic() - start < 10
     [reason] = outputs.dropped
     assert reason.startswith("example 0: ") and said in reason and reason.isprintable()
+
+
+class Objects:
+    """A reward that is an object, with an async __call__ or not."""
+    __name__ = "objects"
+
+    async def __call__(self, completion, answer, **info):
+        return {"reward": fractions.Fraction(1, 2), "why": "half"}
+
+
+class Subclass(float):
+    pass
+
+
+@pytest.mark.parametrize("value, reward", [
+    (numpy.array([0.25]), 0.25), (numpy.array(0.25), 0.25), (torch.tensor([[0.25]]), 0.25),
+    (numpy.bool_(True), 1.0), (Subclass(0.25), 0.25), ({"reward": numpy.int8(2), "x": 1}, 2.0)])
+def test_arrays_of_one_number_are_rewards(value, reward, monkeypatch):
+    outputs, _ = rolled_out(canned_reply(([65], "length", {})), [Says(value), Objects()], monkeypatch)
+    assert outputs.reward == [reward + 0.5] and type(outputs.reward[0]) is float
+    assert outputs.metrics == {"says": [reward], "objects": [0.5]}
+
+
+class Unreadable(Exception):
+    def __str__(self):
+        raise OSError("no")
+
+
+async def ends_its_loop(how):
+    """In a task of its own, from which an exception reaches the loop itself."""
+    async def child():
+        if how == "stop":
+            asyncio.get_running_loop().stop()
+            return 1
+        raise how
+
+    await asyncio.gather(child())
+    return 1
+
+
+@pytest.mark.parametrize("value, said", [
+    (asyncio.CancelledError(), "CancelledError: without a word"), (GeneratorExit(3), "GeneratorExit"),
+    (Unreadable(), "Unreadable: what it says cannot be read"), (numpy.zeros(2), "array of size 1"),
+    ((x for x in "1"), "TypeError"), ({"reward": "1"}, "TypeError"),
+    (OSError(5, "\x1b[2Jgone", "\x1b[1mfile"), "OSError: [Errno 5] gone: "),
+    ("async SystemExit", "SystemExit: 4"), ("async KeyboardInterrupt", "KeyboardInterrupt"),
+    ("async CancelledError", "CancelledError")])
+def test_other_odd_rewards_drop_their_completion_alone(value, said, monkeypatch):
+    if isinstance(value, str):
+        kinds = {"SystemExit": SystemExit, "KeyboardInterrupt": KeyboardInterrupt,
+                 "CancelledError": asyncio.CancelledError}
+        value = ends_its_loop(kinds[value.split()[1]](4))
+    reply = canned_reply(*[([65, 66], "length", {})] * 4)
+    outputs, _ = rolled_out(reply, [Says(1.0, value, 0.5, later(1))], monkeypatch)
+    assert outputs.reward == [1.0, 0.5, 1.0]
+    [reason] = outputs.dropped
+    assert said in reason and reason.isprintable()
+
+
+def test_an_async_reward_that_stops_its_loop_stops_no_other(monkeypatch):
+    reply = canned_reply(*[([65, 66], "length", {})] * 3)
+    outputs, _ = rolled_out(reply, [Says(later(1), ends_its_loop("stop"), later(3))], monkeypatch)
+    assert outputs.reward == [1.0, 1.0, 3.0]
+
+
+def test_an_async_reward_that_blocks_the_loop_does_not_hold_up_all_others(monkeypatch):
+    async def blocks():
+        time.sleep(5)
+        return 1
+
+    monkeypatch.setattr(rewards, "PATIENCE", 0.5)
+    threading.Thread(target=rewards.number, args=(blocks(),), daemon=True).start()
+    time.sleep(0.2)
+    start = time.monotonic()
+    assert [rewards.number(later(i)) for i in range(3)] == [0, 1, 2]
+    assert time.monotonic() - start < 3
+
+
+def test_what_a_reward_does_to_its_arguments_reaches_no_other(monkeypatch):
+    seen = []
+    row = {"prompt": "?", "answer": ["a", {"b": [1]}], "info": {"wanted": [[1, 2], 3], "text": "t"}}
+
+    def takes_away(completion, answer, wanted, **info):
+        seen.append((json.dumps([answer, wanted]), info))
+        answer[1]["b"].clear()
+        wanted[0].pop()
+        del wanted[1], answer[0]
+        return 1.0
+
+    def also(completion, answer, wanted, **info):
+        return takes_away(completion, answer, wanted, **info)
+
+    outputs, _ = rolled_out(canned_reply(*[([65], "length", {})] * 3), [takes_away, also],
+                            monkeypatch, row=row)
+    assert seen == [('[["a", {"b": [1]}], [[1, 2], 3]]', {"text": "t"})] * 6
+    assert outputs.info == [{"wanted": [[1, 2], 3], "text": "t"}] * 3
+    assert row["answer"] == ["a", {"b": [1]}]
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", "repetition", None])
+def test_a_completion_that_the_server_broke_off_is_dropped(reason, monkeypatch):
+    """It was not sampled to its end, and its last token is none that ends a turn."""
+    reply = canned_reply(([65, 66], reason, {}), ([65, 66], "length", {}))
+    outputs, _ = rolled_out(reply, [Says(1.0)], monkeypatch)
+    assert outputs.finish_reason == ["length"] and outputs.reward == [1.0]
+    assert outputs.dropped == [f"example 0: RuntimeError: the server broke it off ({reason})"]
+
+
+def test_invalid_bytes_and_no_tokens_are_texts_too(monkeypatch):
+    tokenizer = make_trainer().tokenizer
+    [half, *_] = tokenizer("é")["input_ids"]
+    end = tokenizer.get_vocab()["<|im_end|>"]
+    reply = canned_reply(([half, end], "stop", {}), ([], "length", {}), ([end], "stop", {}))
+    outputs, _ = rolled_out(reply, [Says(1.0, 2.0, 3.0)], monkeypatch)
+    assert outputs.completion == [tokenizer.decode([half]), "", ""]
+    assert outputs.reward == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("what", ["reward", "async reward", "row"])
@@ -888,9 +1083,37 @@ def test_what_strangers_say_is_printed_without_escape_sequences(tmp_path):
     assert str(error.value).isprintable() and "400 red" in str(error.value)
     (tmp_path / "vllm.log").write_text(f"ValueError: {evil}\nmore")
     assert vllm_process.last_errors(tmp_path / "vllm.log").isprintable()
-    failure = Failure(3, ValueError(evil))
-    assert str(failure) == "example 3: ValueError: red 5m evil next"
-    assert str(failure.error).isprintable()  # which a traceback shows, too
+    assert str(Failure(3, ValueError(evil))) == "example 3: ValueError: red 5m evil next"
+
+
+def test_a_traceback_is_printed_without_escape_sequences(capsys):
+    """Of strangers' words, causes and notes, too; its lines stay where they are."""
+    evil = "\x1b[2J\x1b[31mred\x1b]8;;http://x\x07 \u202eevil\rnext"
+    try:
+        try:
+            raise OSError(5, evil, evil)
+        except OSError as error:
+            error.add_note(evil)
+            raise RuntimeError(f"a judge: {evil}") from error
+    except RuntimeError as error:
+        text.print_plainly(type(error), error, error.__traceback__)
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert "    raise OSError(5, evil, evil)" in lines and "RuntimeError: a judge: red evil" in lines
+
+
+def test_a_status_line_of_strangers_is_printed_plainly():
+    class Evil(socketserver.StreamRequestHandler):
+        def handle(self):
+            self.rfile.readline()
+            self.wfile.write(b"HTTP/1.1 418 \x1b[2J\x1b[31mred\r\nContent-Length: 0\r\n\r\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Evil) as web:
+        threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
+        with pytest.raises(server_http.Refusal) as error:
+            server_http.call(f"http://127.0.0.1:{web.server_address[1]}/x", timeout=5)
+        web.shutdown()
+    assert str(error.value).isprintable() and str(error.value).endswith("/x: 418 red")
 
 
 # ---- vf-vllm's command line
@@ -920,6 +1143,7 @@ def test_the_flags_of_vf_vllm_are_understood(words, wanted, monkeypatch):
 @pytest.mark.parametrize("words, said", [
     ([], "usage: python sync.py @ config.toml"), (["--port", "8123"], "--model MODEL"),
     (["--model", "x", "--port", "8123", "y"], "'y' is no flag"),
+    (["--model", "./none/such", "--tensor-parallel-size", "two"], "there is no folder './none/such'"),
     (["--model", "x", "--port", "many"], "vllm_server_port must be int, not 'many'")])
 def test_a_mistake_in_the_flags_is_one_line(words, said):
     run = subprocess.run([sys.executable, "sync.py", *words], cwd=ROOT, capture_output=True,
