@@ -129,7 +129,7 @@ class GenerateOutputs:
         return {name: sum(values) / len(values) for name, values in columns.items()}
 
     def groups(self) -> list[int]:
-        """Of each completion the number of its group: equal where the example_id is, of any type."""
+        """Each completion's group by a number: equal where the example_id is, of whatever type."""
         numbers = {}
         return [numbers.setdefault(example, len(numbers)) for example in self.example_id]
 
@@ -166,7 +166,7 @@ def find_loader(env_id: str) -> Callable[..., Environment]:
 
 @dataclass(frozen=True)
 class Job:
-    """n completions of one row, the first of them sampled with this seed, the next with seed + 1."""
+    """n completions of one row, the first sampled with this seed, the next with seed + 1."""
     rows: Sequence[dict]
     index: int
     n: int
@@ -262,7 +262,7 @@ class Generator:
         return GenerateOutputs.from_rollouts(rollouts, [str(failure) for failure in failures])
 
     def check_engine(self) -> None:
-        """ServerError if no token can be sampled: the health route does not notice a hung engine."""
+        """ServerError if no token can be sampled, which the health route does not notice."""
         try:
             self.call("v1/completions", {"prompt": "a", "max_tokens": 1})
         except requests.Timeout as error:

@@ -83,8 +83,9 @@ def check_port(config) -> None:
         socket.create_server((config.inference_args.get("host", "127.0.0.1"), port)).close()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise OSError(f"vllm_server_port {port}: Address already in use, by what is no vLLM server, "
-                          "or by one that is only starting: set another one, or wait") from error
+            raise OSError(f"vllm_server_port {port}: Address already in use, by what is no vLLM "
+                          "server, or by one that is only starting: set another one, or wait"
+                          ) from error
 
 
 def stop(process: subprocess.Popen) -> None:

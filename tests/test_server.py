@@ -114,7 +114,7 @@ NOT_OURS = {  # what answers -> what the one line says
     "flags of another kind": (vllm_routes({"model_config": "x"}), "no vLLM server"),
     "models of another kind": (vllm_routes() | {"/v1/models": {"data": {}}}, "no vLLM server"),
     "a redirect": (vllm_routes() | {"/v1/models": (302, "")}, "302 Found"),
-    "always an empty table": ({"/health": {}, "/v1/models": {}, "/server_info": {}}, "no vLLM server"),
+    "an empty table": ({"/health": {}, "/v1/models": {}, "/server_info": {}}, "no vLLM server"),
     "a plain vLLM": ({k: v for k, v in vllm_routes().items() if k in ("/health", "/v1/models")},
                      "no RL routes"),
 }
@@ -284,7 +284,8 @@ def test_an_owner_is_who_answers_with_its_own_token(monkeypatch):
     lease = lease_at(1, monkeypatch)
     with socket.create_server(("127.0.0.1", 0)) as silent, service({}) as web:
         for port, lives in ((silent.getsockname()[1], True), (web, False), (free_port(), False)):
-            said = lease.living_owner(f"3 by run 'a', process 1 on \x1b[1mb [127.0.0.1:{port} f00d]")
+            version = f"3 by run 'a', process 1 on \x1b[1mb [127.0.0.1:{port} f00d]"
+            said = lease.living_owner(version)
             assert said == ("run 'a', process 1 on b" if lives else None)
     for version in ("default", "3", "", "3 by nobody", "3 by x [127.0.0.1:999999 f00d]"):
         assert lease.living_owner(version) is None
@@ -589,8 +590,8 @@ def test_caches_are_cleaned_when_nothing_samples_with_the_old_weights_any_more(s
 
     trainer.server.call = noted
     trainer.on_server(lambda: None)
-    wanted = ["pause", "clean_caches", "reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache",
-              "update_weight_version", "resume"]
+    wanted = ["pause", "clean_caches", "reset_prefix_cache", "reset_mm_cache",
+              "reset_encoder_cache", "update_weight_version", "resume"]
     assert asked[asked.index("pause"):-1] == wanted
     for spoiled in (False, True):  # the caches of a server that we have met are clean
         asked.clear()
@@ -742,7 +743,8 @@ def test_own_middleware_and_keys_of_the_config_stand_beside_ours():
     given = [words[i + 1] for i, word in enumerate(words) if word == "--middleware"]
     assert given == ["a.B", "c.D", "support.secret.AskSecret"] and "word" not in words
     for name in ("api-key", "max-model-len"):
-        config = MultimodalRLConfig(model=TINY, inference_args={name: "word", "data-parallel-size": 2})
+        flags = {name: "word", "data-parallel-size": 2}
+        config = MultimodalRLConfig(model=TINY, inference_args=flags)
         assert ("word" in vllm_process.server_command(config)) == (name != "api-key")
 
 
@@ -922,7 +924,8 @@ class Subclass(float):
     (numpy.array([0.25]), 0.25), (numpy.array(0.25), 0.25), (torch.tensor([[0.25]]), 0.25),
     (numpy.bool_(True), 1.0), (Subclass(0.25), 0.25), ({"reward": numpy.int8(2), "x": 1}, 2.0)])
 def test_arrays_of_one_number_are_rewards(value, reward, monkeypatch):
-    outputs, _ = rolled_out(canned_reply(([65], "length", {})), [Says(value), Objects()], monkeypatch)
+    reply = canned_reply(([65], "length", {}))
+    outputs, _ = rolled_out(reply, [Says(value), Objects()], monkeypatch)
     assert outputs.reward == [reward + 0.5] and type(outputs.reward[0]) is float
     assert outputs.metrics == {"says": [reward], "objects": [0.5]}
 
@@ -945,7 +948,7 @@ async def ends_its_loop(how):
 
 
 @pytest.mark.parametrize("value, said", [
-    (asyncio.CancelledError(), "CancelledError: without a word"), (GeneratorExit(3), "GeneratorExit"),
+    (asyncio.CancelledError(), "CancelledError: without a word"), (GeneratorExit(3), "Exit: 3"),
     (Unreadable(), "Unreadable: what it says cannot be read"), (numpy.zeros(2), "array of size 1"),
     ((x for x in "1"), "TypeError"), ({"reward": "1"}, "TypeError"),
     (OSError(5, "\x1b[2Jgone", "\x1b[1mfile"), "OSError: [Errno 5] gone: "),
@@ -1099,7 +1102,8 @@ def test_a_traceback_is_printed_without_escape_sequences(capsys):
         text.print_plainly(type(error), error, error.__traceback__)
     lines = capsys.readouterr().err.splitlines()
     assert all(line.isprintable() for line in lines)
-    assert "    raise OSError(5, evil, evil)" in lines and "RuntimeError: a judge: red evil" in lines
+    assert "    raise OSError(5, evil, evil)" in lines
+    assert "RuntimeError: a judge: red evil" in lines
 
 
 def test_a_status_line_of_strangers_is_printed_plainly():
@@ -1143,7 +1147,7 @@ def test_the_flags_of_vf_vllm_are_understood(words, wanted, monkeypatch):
 @pytest.mark.parametrize("words, said", [
     ([], "usage: python sync.py @ config.toml"), (["--port", "8123"], "--model MODEL"),
     (["--model", "x", "--port", "8123", "y"], "'y' is no flag"),
-    (["--model", "./none/such", "--tensor-parallel-size", "two"], "there is no folder './none/such'"),
+    (["--model", "./none/such", "-tp", "two"], "there is no folder './none/such'"),
     (["--model", "x", "--port", "many"], "vllm_server_port must be int, not 'many'")])
 def test_a_mistake_in_the_flags_is_one_line(words, said):
     run = subprocess.run([sys.executable, "sync.py", *words], cwd=ROOT, capture_output=True,
