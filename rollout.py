@@ -19,10 +19,13 @@ import requests
 from PIL import Image
 
 from support.http import ServerError, call
-from support.images import load_image, png_data_uri
-from support.prompts import clean_prompt, row_prompt, template_options
-from support.rewards import Task, number
-from support.text import make_plain, plain
+from support.messages import first_image_url, render_prompt
+from support.prompts import row_prompt, template_options
+from support.rewards import number, scores
+from support.task import Task
+from support.text import describe, plain
+
+TIMEOUT_HINT = " (see generation_timeout)"
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,8 @@ class Failure:
     example_id: int
     error: BaseException
 
-    def __post_init__(self):
-        make_plain(self.error)
-
     def __str__(self) -> str:
-        said = plain(str(self.error)) or "without a word"
-        return f"example {self.example_id}: {type(self.error).__name__}: {said}"
+        return f"example {self.example_id}: {describe(self.error)}"
 
 
 @dataclass
@@ -130,7 +129,7 @@ class GenerateOutputs:
         return {name: sum(values) / len(values) for name, values in columns.items()}
 
     def groups(self) -> list[int]:
-        """Of each completion the number of its group: equal where the example_id is, of any type."""
+        """Each completion's group by a number: equal where the example_id is, of whatever type."""
         numbers = {}
         return [numbers.setdefault(example, len(numbers)) for example in self.example_id]
 
@@ -139,13 +138,6 @@ class GenerateOutputs:
 
     def __len__(self) -> int:
         return len(self.completion_ids)
-
-
-def reward_number(reward) -> float:
-    """A reward that was given as {"reward": x} is x."""
-    if isinstance(reward, dict):
-        return reward["reward"]
-    return reward
 
 
 def load_environment(env_id: str, args: dict) -> Environment:
@@ -172,37 +164,9 @@ def find_loader(env_id: str) -> Callable[..., Environment]:
                      f"({sys.path[0] or '.'}, ...) or in envs/{name}.py")
 
 
-def render_prompt(prompt: list[dict]) -> tuple[list[dict], list[Image.Image]]:
-    """Chat messages -> (the same in OpenAI form with PNG data URIs, the images in order)."""
-    messages, images = [], []
-    for message in clean_prompt(prompt):
-        if not isinstance(message["content"], str):
-            message["content"] = [render_part(part, images) for part in message["content"]]
-        messages.append(message)
-    return messages, images
-
-
-def render_part(part: dict, images: list[Image.Image]) -> dict:
-    """The part in OpenAI form. Its image, if it has one, is added to the images."""
-    if part["type"] == "text":
-        return part
-    images.append(load_image(part[part["type"]]))
-    return {"type": "image_url", "image_url": {"url": png_data_uri(images[-1])}}
-
-
-def first_image_url(messages: list[dict]) -> str | None:
-    """Of messages in OpenAI form."""
-    for message in messages:
-        if not isinstance(message["content"], str):
-            for part in message["content"]:
-                if part["type"] == "image_url":
-                    return part["image_url"]["url"]
-    return None
-
-
 @dataclass(frozen=True)
 class Job:
-    """n completions of one row, the first of them sampled with this seed, the next with seed + 1."""
+    """n completions of one row, the first sampled with this seed, the next with seed + 1."""
     rows: Sequence[dict]
     index: int
     n: int
@@ -230,16 +194,15 @@ class Generator:
 
     config: MultimodalRLConfig; banned: token ids never sampled; encode(prompt, images, prompt_ids)
     is called once per prompt, while others are still being sampled; decode(ids,
-    skip_special_tokens=...) is that of a tokenizer, without it the server is asked for the text;
-    reserved: strings that no text may hold, because the model reads them as images.
+    skip_special_tokens=...) is that of the tokenizer; reserved: strings that no text may hold,
+    because the model reads them as images.
     """
 
     def __init__(self, environment: Environment, config, banned: list[int] = (),
                  encode: Callable | None = None, decode: Callable | None = None,
                  reserved: Sequence[str] = ()):
-        self.environment, self.config, self.encode = environment, config, encode
-        self.decode = decode or self.ask_for_text
-        self.reserved = reserved
+        self.environment, self.config = environment, config
+        self.encode, self.decode, self.reserved = encode, decode, reserved
         self.url = config.url
         self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
         atexit.register(self.pool.terminate)
@@ -299,7 +262,7 @@ class Generator:
         return GenerateOutputs.from_rollouts(rollouts, [str(failure) for failure in failures])
 
     def check_engine(self) -> None:
-        """ServerError if no token can be sampled: the health route does not notice a hung engine."""
+        """ServerError if no token can be sampled, which the health route does not notice."""
         try:
             self.call("v1/completions", {"prompt": "a", "max_tokens": 1})
         except requests.Timeout as error:
@@ -313,7 +276,7 @@ class Generator:
         group, error = [], ValueError("the server did not return it")
         try:
             group, scoring = result.get()
-            scoring.result(self.config.generation_timeout, "reward")
+            scoring.result(self.config.generation_timeout, "reward", TIMEOUT_HINT)
         except ServerError:
             raise
         except Exception as raised:  # rows and images of an environment fail in any way
@@ -328,7 +291,7 @@ class Generator:
         shrink.
         """
         reading = Task(lambda: self.read(job))
-        row, messages, images = reading.result(self.config.generation_timeout, "row")
+        row, messages, images = reading.result(self.config.generation_timeout, "row", TIMEOUT_HINT)
         # Sample i of a request gets its seed + i: neighbouring requests are n apart, none overlap.
         reply = self.call("v1/chat/completions", {
             **self.sampling, "messages": messages, "n": job.n,
@@ -346,10 +309,6 @@ class Generator:
         row["prompt"] = row_prompt(row, self.reserved)
         return row, *render_prompt(row["prompt"])
 
-    def ask_for_text(self, ids: list[int], skip_special_tokens: bool) -> str:
-        """The text of the ids by the server's tokenizer, special tokens included."""
-        return self.call("detokenize", {"model": self.sampling["model"], "tokens": ids})["prompt"]
-
     def score_group(self, job: Job, reply: dict, shared: dict, group: list) -> None:
         """Add each completion of the reply to the group, with its reward."""
         if self.encode and job.trained:
@@ -359,23 +318,23 @@ class Generator:
             group.append(self.score(choice, shared))
 
     def score(self, choice: dict, shared: dict) -> Rollout | Failure:
-        """One completion with its reward, or what a reward function raised."""
-        ids = choice["token_ids"]
-        said = ids if choice["finish_reason"] == "length" else ids[:-1]  # else a stop token ends it
-        weights = self.environment.weights or [1.0] * len(self.environment.rewards)
-        scores, total = {}, 0.0
+        """One completion with its reward, or why there is none."""
         try:
-            text = self.decode(said, skip_special_tokens=self.environment.skip_special_tokens)
-            for reward, weight in zip(self.environment.rewards, weights, strict=True):
-                score = number(reward(text, shared["answer"], **shared["info"]))
-                scores[reward.__name__] = score
-                total += weight * score
-            total = number(total)
-        except BaseException as error:  # reward functions, too, can fail in any way
+            text = self.text(choice)
+            reward, metrics = scores(self.environment, text, shared["answer"], shared["info"])
+        except BaseException as error:  # reward functions can fail in any way
             return Failure(shared["example_id"], error)
-        state = {"message": choice["message"], **shared["state"]}
         return Rollout(
-            completion=text, completion_ids=ids, reward=total, metrics=scores,
+            **{**shared, "state": {"message": choice["message"], **shared["state"]}},
+            completion=text, completion_ids=choice["token_ids"], reward=reward, metrics=metrics,
             completion_logprobs=[token["logprob"] for token in choice["logprobs"]["content"]],
-            finish_reason=choice["finish_reason"], finished=time.perf_counter(),
-            **{**shared, "state": state})
+            finish_reason=choice["finish_reason"], finished=time.perf_counter())
+
+    def text(self, choice: dict) -> str:
+        """What the policy said: its sampled ids without the token that ends a turn, decoded."""
+        ids, reason = choice["token_ids"], choice["finish_reason"]
+        if reason not in ("stop", "tool_calls", "length"):
+            raise RuntimeError(f"the server broke it off ({reason})")
+        if reason != "length":
+            ids = ids[:-1]
+        return self.decode(ids, skip_special_tokens=self.environment.skip_special_tokens)
