@@ -19,6 +19,7 @@ import requests
 from PIL import Image
 
 from support.http import ServerError, call
+from support.images import without_shared_images
 from support.messages import first_image_url, render_prompt
 from support.prompts import row_prompt, template_options
 from support.rewards import number, scores
@@ -305,7 +306,7 @@ class Generator:
 
     def read(self, job: Job) -> tuple[dict, list[dict], list[Image.Image]]:
         """The row with its prompt in one form, the messages in OpenAI form, and their images."""
-        row = dict(job.rows[job.index])
+        row = without_shared_images(dict(job.rows[job.index]))
         row["prompt"] = row_prompt(row, self.reserved)
         return row, *render_prompt(row["prompt"])
 

@@ -40,7 +40,7 @@ class Server:
 
     def __init__(self, config):
         self.config, self.url, self.patience = config, config.url, config.vllm_server_timeout
-        self.log = Path(config.output_dir, f"{config.run_name}-vllm.log")
+        self.log = Path(f"{config.run_dir}-vllm.log")
         self.ours = False    # whether it is ours to start and stop
         self.process = None
         self.engine = None   # the trainer's side of the weight transfer

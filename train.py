@@ -33,7 +33,7 @@ from support.lock import owned
 from support.prompts import reserved_strings
 from support.ranks import add_up, become_torchrun, is_on_all_ranks, join_ranks, on_lead
 from support.records import Records
-from support.text import plain
+from support.text import describe, print_plainly
 from sync import CheckpointSource, Server
 
 ATTEMPTS = 3  # at anything that needs the server, and at finite numbers, before the run ends
@@ -410,7 +410,7 @@ class MultimodalGRPOTrainer:
             if not is_on_all_ranks(error):
                 raise
             tqdm.write(f"step {self.step} could not be saved, the newest checkpoint is of step "
-                       f"{self.saved_step}: {type(error).__name__}: {plain(str(error))}")
+                       f"{self.saved_step}: {describe(error)}")
             return False
 
     def rehearse_save(self) -> None:
@@ -458,6 +458,7 @@ def served(config: MultimodalRLConfig):
 
 def main() -> None:
     """Train as the command line says. A mistake in it is one line, and exit code 2."""
+    sys.excepthook = print_plainly
     with contextlib.ExitStack() as stack:
         with mistakes():
             trainer = stack.enter_context(served(command_line("train.py")))

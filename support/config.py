@@ -27,7 +27,7 @@ TRAINER_ARGS = "trainer.args."
 # as in [env.args], that may be every value with a slash.
 PATHS = {"": ("model", "resume"),
          "inference_args": ("chat_template", "tokenizer", "hf_config_path")}
-SECRET = re.compile("api_?key|hf_token|password|secret", re.IGNORECASE)  # keys not written down
+SECRET = re.compile("api[-_]?key|hf_token|password|secret", re.IGNORECASE)  # keys not written down
 
 # What asks a run to end: Ctrl-C, a scheduler or `kill`, and the terminal that is closed.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -121,7 +121,7 @@ class MultimodalRLConfig:
         if "model" in flags or "port" in flags:
             raise ValueError("inference.args: set `model` and vllm_server_port instead")
         longest = flags.get("max_model_len")  # for vLLM it may be "32k", too
-        if isinstance(longest, int) and self.max_tokens >= longest:
+        if isinstance(longest, int) and 0 < longest <= self.max_tokens:
             raise ValueError("max_tokens must be below max_model_len, which holds the prompt, too")
         if flags.get("enable_sleep_mode") and (self.async_steps or self.sync_to_vllm_every != 1):
             raise ValueError("enable_sleep_mode needs async_steps = 0 and sync_to_vllm_every = 1")

@@ -28,6 +28,7 @@ def owned(folder: Path):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = take(Path(f"{place}.lock"), folder)
+        os.register_at_fork(after_in_child=lock.close)  # a fork that lives on owns nothing
     except OSError as error:
         raise ValueError(f"{folder} cannot be written ({error.strerror}: {error.filename}): see "
                          "output_dir and run_name") from error
