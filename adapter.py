@@ -103,8 +103,9 @@ class MultimodalAdapter:
             return self.render([*marked, *messages]).rpartition(mark)[2]
         plain = [{**message, "content": placeholders(message["content"])} for message in messages]
         # Of the template's two places vLLM, too, takes the tokenizer's where the first has none.
-        template = (server_template(self.server_args) or self.processor.chat_template
-                    or self.tokenizer.get_chat_template())
+        template = server_template(self.server_args)
+        if not (template or self.processor.chat_template):
+            template = self.tokenizer.get_chat_template()
         return self.processor.apply_chat_template(
             plain, chat_template=template, tokenize=False, add_generation_prompt=True,
             **template_options(self.server_args))
@@ -119,6 +120,7 @@ class MultimodalAdapter:
         if self.processor is None:
             raise ValueError("MultimodalAdapter() has no processor; pass one or write build_batch")
         text = self.render(clean_prompt(messages, images, self.reserved()), history)
+        check_places(text, self.reserved(), len(images))
         # With a nested list of images, or special tokens added, some families misread the images
         # or begin with a token that the server does not have.
         encoded = self.processor(text=[text], images=images or None, add_special_tokens=False,
@@ -153,6 +155,17 @@ class MultimodalAdapter:
                 for key, tensor in encoded.items()}
 
 
+def check_places(text: str, reserved: list[str], num_images: int) -> None:
+    """ValueError if a prompt, as the chat template wrote it, has other than one place per image.
+
+    A template may leave images out, and it may join texts, tools or its options into a reserved
+    string. Of these a family writes some once for each image, and all others never.
+    """
+    counts = {string: text.count(string) for string in reserved}
+    if counts and {0, *counts.values()} != {0, num_images}:
+        raise ValueError(f"the chat template writes {counts} into a prompt of {num_images} images")
+
+
 def placeholders(content: str | list[dict]) -> str | list[dict]:
     """A message's content as chat templates want it: of an image only that it stands there."""
     if isinstance(content, str):
@@ -174,7 +187,8 @@ def collate(encoded: list[dict], prompt_index: Tensor, places: list[tuple[int, i
     for key in sorted(keys):
         present = [tensors for tensors in encoded if key in tensors]
         if all(tensors[key].shape == tensors["input_ids"].shape for tensors in present):
-            lines = [tensors.get(key, torch.zeros_like(tensors["input_ids"])) for tensors in encoded]
+            lines = [tensors.get(key, torch.zeros_like(tensors["input_ids"]))
+                     for tensors in encoded]
             prompts = torch.cat([zero_pad(line, [length]) for line in lines[:P]])  # (P, length)
             inputs[key] = prompts[prompt_index]                                    # (B, length)
             for (row, start), line in zip(places, lines[P:], strict=True):

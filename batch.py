@@ -24,9 +24,13 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def checked(name: str, value, kind: str, shape: tuple | None = None) -> Tensor:
-    """The tensor in the type of its kind; ValueError if it has not what its name says."""
+    """The tensor in the type of its kind, on the CPU; ValueError if it has not what its name says.
+
+    It has no gradient any more, for that would flow through the batch into the policy.
+    """
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor, not {type(value).__name__}")
+    value = value.detach().cpu()
     if shape and value.shape != shape:
         raise ValueError(f"{name} is {tuple(value.shape)}, but must be {tuple(shape)}: "
                          "(B, L) of input_ids, or (B,)")
@@ -103,12 +107,15 @@ class MultimodalBatch:
                 setattr(self, name, checked(name, getattr(self, name), kind, B_L[:1]))
         if self.pixel_values is not None:
             self.pixel_values = checked("pixel_values", self.pixel_values, "pixels")
+        twice = self.extra_model_kwargs.keys() & vars(self).keys()
+        if twice:
+            raise ValueError(f"extra_model_kwargs: {sorted(twice)} are fields of the batch itself")
         self.extra_model_kwargs = {
             key: checked(key, tensor, "any", B_L if key.endswith("token_type_ids") else None)
             for key, tensor in self.extra_model_kwargs.items()}
 
     def check_tokens(self) -> None:
-        """Padding and masks that would train other tokens, or after another context, are refused."""
+        """Padding and masks that would train other tokens, or in another context, are refused."""
         if self.loss_mask[:, :1].any():
             raise ValueError("loss_mask: column 0 must be 0, nothing comes before the first token")
         if (self.attention_mask[:, 1:] > self.attention_mask[:, :-1]).any():
@@ -150,6 +157,11 @@ class MultimodalBatch:
         unknown = self.image_rows.keys() - tensors.keys()
         if unknown:
             raise ValueError(f"image_rows: {sorted(unknown)} are no image tensors of this batch")
+        P = int(self.prompt_index.max()) + 1
+        listed = sorted(segment for row in self.replies for segment in row)
+        if len(self.replies) != len(self) or listed != list(range(P, P + len(listed))):
+            raise ValueError(f"replies must list, for each of the {len(self)} rows, segments from "
+                             f"{P} on, each of them once, not {self.replies}")
         given, self.image_rows = self.image_rows, {}
         for key, tensor in tensors.items():
             if key in given:
@@ -157,33 +169,30 @@ class MultimodalBatch:
             else:
                 counts = self.one_image_per_row(key, tensor)
             self.image_rows[key] = counts
-            fits = sum(counts) == len(tensor) and len(counts) > self.prompt_index.max()
-            if not fits or min(counts) < 0:
+            S = P + len(listed)
+            if sum(counts) != len(tensor) or len(counts) != S or min(counts) < 0:
                 raise ValueError(f"{key} has {len(tensor)} entries: image_rows[{key!r}] must have "
-                                 f"a number for each prompt, and these must add up to it")
-            listed = [segment for row in self.replies for segment in row]
-            P = int(self.prompt_index.max()) + 1
-            if len(self.replies) != len(self) or not all(P <= s < len(counts) for s in listed):
-                raise ValueError(f"replies must list, for each row, segments of image_rows[{key!r}] "
-                                 f"from {P} to {len(counts) - 1}, not {self.replies}")
+                                 f"a number for each prompt ({P}) and reply ({S - P}), and these "
+                                 "must add up to it")
         self.check_grids()
 
     def check_grids(self) -> None:
         """Patches go by the lines of image_grid_thw, in each prompt and not only in all of them."""
         grids = self.extra_model_kwargs.get("image_grid_thw")  # (images, 3)
-        if grids is None or self.pixel_values is None or grids.prod(1).sum() != len(self.pixel_values):
+        rows = self.image_rows.get("pixel_values", [])
+        if grids is None or grids.prod(1).sum() != sum(rows):
             return  # without images, or of a family that counts otherwise
-        lines = grids.prod(1).split(self.image_rows["image_grid_thw"])
-        patches = [line.sum().item() for line in lines]
-        if patches != self.image_rows["pixel_values"]:
-            raise ValueError(f"image_rows: the prompts have {self.image_rows['pixel_values']} rows "
-                             f"of pixel_values, but by image_grid_thw {patches}")
+        patches = [lines.prod(1).sum().item()
+                   for lines in grids.split(self.image_rows["image_grid_thw"])]
+        if patches != rows:
+            raise ValueError(f"image_rows: the prompts have {rows} rows of pixel_values, but by "
+                             f"image_grid_thw {patches}")
 
     def one_image_per_row(self, key: str, tensor: Tensor) -> list[int]:
         """How many entries of an image tensor belong to each row, when each shows one image."""
-        if self.prompt_index.unique().numel() < len(self):
-            raise ValueError(f"image_rows[{key!r}] is missing: with several rows of one prompt it "
-                             f"must say how many of the {len(tensor)} entries each prompt has")
+        if not torch.equal(self.prompt_index, torch.arange(len(self))):
+            raise ValueError(f"image_rows[{key!r}] is missing: with a prompt_index it must say how "
+                             f"many of the {len(tensor)} entries each prompt has")
         grids = self.extra_model_kwargs.get("image_grid_thw", ())  # (images, 3)
         if len(tensor) != len(self) and len(grids) == len(self):
             return grids.prod(1).tolist()
@@ -344,7 +353,8 @@ class MultimodalBatch:
     def fork(self) -> Fork:
         """The prompts and the completions as the two forward passes of a shared prompt need them.
 
-        Every row must have a token in the loss, for a completion begins at its first one.
+        A completion begins at its first token in the loss. ValueError if a row has none, or if a
+        prompt has no row.
 
         >>> ids = torch.tensor([[7, 8, 1, 2, 3], [7, 8, 4, 0, 0], [9, 5, 6, 0, 0]])
         >>> loss_mask = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 0, 0], [0, 1, 1, 0, 0]])
@@ -357,6 +367,11 @@ class MultimodalBatch:
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask,
                   **self.token_tensors()}
         starts, ends = self.spans()
+        if any(start == end for start, end in zip(starts, ends)):
+            raise ValueError("loss_mask: a row without a token in the loss has no place where its "
+                             "completion begins; select() the others")
+        if len(self.prompt_index.unique()) <= self.prompt_index.max():
+            raise ValueError("prompt_index: a prompt has no row; select() numbers them anew")
         first_rows = self.first_rows()
 
         def completions(tensor: Tensor) -> Tensor:  # (B, W_c)

@@ -20,8 +20,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, divide_by_std: bool = Fals
 
         A_i = r_i - mean(r)    or    (r_i - mean(r)) / std(r)    over the group of i
 
-    rewards and groups are (B,), of any type of number; the completions with the same number in groups form a group.
-    Returns (B,) advantages. They are exactly 0 where all rewards of a group are equal.
+    rewards and groups are (B,), of any type of number. The completions with the same number in
+    groups form a group. Returns (B,) advantages, exactly 0 where all rewards of a group are equal.
     """
     if not rewards.is_floating_point():
         rewards = rewards.float()  # the mean of integers is none

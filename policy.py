@@ -34,7 +34,7 @@ class Policy(torch.nn.Module):
         self.model, self.temperature = model, config.temperature
         self.banned = vision_token_ids(model.config)
         # In bf16 most of a small update would round to nothing: 0.4 % of the weights moved.
-        if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+        if any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters()):
             model.float()
         model.eval()  # dropout would make the trainer another policy than the one that sampled
         if config.gradient_checkpointing:

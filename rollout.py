@@ -21,10 +21,14 @@ import requests
 from PIL import Image
 
 from support.http import ServerError, call
-from support.images import load_image, png_data_uri
+from support.images import without_shared_images
+from support.messages import image_urls, render_prompt
 from support.prompts import clean_prompt, row_prompt, template_options
-from support.rewards import Task, number
-from support.text import make_plain, plain
+from support.rewards import copied, number, scores
+from support.task import Task, without_limit
+from support.text import describe, plain
+
+TIMEOUT_HINT = " (see generation_timeout)"
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,8 @@ class Failure:
     example_id: int
     error: BaseException
 
-    def __post_init__(self):
-        make_plain(self.error)
-
     def __str__(self) -> str:
-        said = plain(str(self.error)) or "without a word"
-        return f"example {self.example_id}: {type(self.error).__name__}: {said}"
+        return f"example {self.example_id}: {describe(self.error)}"
 
 
 @dataclass
@@ -159,7 +159,7 @@ class GenerateOutputs:
         return {name: sum(values) / len(values) for name, values in columns.items()}
 
     def groups(self) -> list[int]:
-        """Of each completion the number of its group: equal where the example_id is, of any type."""
+        """Each completion's group by a number: equal where the example_id is, of whatever type."""
         numbers = {}
         return [numbers.setdefault(example, len(numbers)) for example in self.example_id]
 
@@ -168,13 +168,6 @@ class GenerateOutputs:
 
     def __len__(self) -> int:
         return len(self.completion_ids)
-
-
-def reward_number(reward) -> float:
-    """A reward that was given as {"reward": x} is x."""
-    if isinstance(reward, dict):
-        return reward["reward"]
-    return reward
 
 
 def load_environment(env_id: str, args: dict) -> Environment:
@@ -201,37 +194,9 @@ def find_loader(env_id: str) -> Callable[..., Environment]:
                      f"({sys.path[0] or '.'}, ...) or in envs/{name}.py")
 
 
-def render_prompt(prompt: list[dict]) -> tuple[list[dict], list[Image.Image]]:
-    """Chat messages -> (the same in OpenAI form with PNG data URIs, the images in order)."""
-    messages, images = [], []
-    for message in clean_prompt(prompt):
-        if not isinstance(message["content"], str):
-            message["content"] = [render_part(part, images) for part in message["content"]]
-        messages.append(message)
-    return messages, images
-
-
-def render_part(part: dict, images: list[Image.Image]) -> dict:
-    """The part in OpenAI form. Its image, if it has one, is added to the images."""
-    if part["type"] == "text":
-        return part
-    images.append(load_image(part[part["type"]]))
-    return {"type": "image_url", "image_url": {"url": png_data_uri(images[-1])}}
-
-
-def image_urls(messages: list[dict]) -> list[str]:
-    """Of messages in OpenAI form."""
-    urls = []
-    for message in messages:
-        if not isinstance(message["content"], str):
-            urls += [part["image_url"]["url"] for part in message["content"]
-                     if part["type"] == "image_url"]
-    return urls
-
-
 @dataclass(frozen=True)
 class Job:
-    """n completions of one row, the first of them sampled with this seed, the next with seed + 1."""
+    """n completions of one row, the first sampled with this seed, the next with seed + 1."""
     rows: Sequence[dict]
     index: int
     n: int
@@ -268,7 +233,6 @@ class Conversation:
         self.completion_ids, self.completion_mask, self.logprobs = [], [], []
         self.replies = []
         self.turns = 0
-        self.since = time.monotonic()  # when the environment's turn began; never, in the policy's
         self.hear(choice)
 
     def hear(self, choice: dict) -> str:
@@ -276,12 +240,12 @@ class Conversation:
         ids = choice["token_ids"]
         self.completion_ids += ids
         self.completion_mask += [1] * len(ids)
-        self.logprobs += [token["logprob"] for token in choice["logprobs"]["content"]]
+        self.logprobs += logprobs_of(choice)
         self.asked += ids
         self.served += ids
         self.turns += 1
         self.finish_reason = choice["finish_reason"]
-        text = self.generator.text_of(choice)
+        text = self.generator.text(choice)
         self.messages.append({"role": "assistant", "content": text})
         return text
 
@@ -300,11 +264,8 @@ class Conversation:
         if self.asked[-1] == ids[0]:  # the end of the turn, which the policy has sampled itself
             ids = ids[1:]
         urls = self.urls + image_urls(rendered)
-        self.since = math.inf
-        try:
+        with without_limit():  # of the environment's time
             reply = generator.generate(self.asked + ids, urls, self.seed, self.turns)
-        finally:
-            self.since = time.monotonic()
         # Nothing may be changed of what was served before, nor an image be left out of it.
         served, known = reply["prompt_token_ids"], len(self.served)
         placed = len((reply.get("mm_placeholders") or {}).get("image", ()))
@@ -337,8 +298,8 @@ class Generator:
 
     config: MultimodalRLConfig; banned: token ids never sampled; adapter: a MultimodalAdapter with a
     processor, which encodes each prompt and reply while others are still being sampled; decode(ids,
-    skip_special_tokens=...) is that of a tokenizer, without it the server is asked for the text;
-    reserved: strings that no text may hold, because the model reads them as images.
+    skip_special_tokens=...) is that of the tokenizer; reserved: strings that no text may hold,
+    because the model reads them as images.
     """
 
     def __init__(self, environment: Environment, config, banned: list[int] = (), adapter=None,
@@ -346,8 +307,7 @@ class Generator:
         if environment and environment.play and adapter is None:
             raise ValueError("an environment with play() needs an adapter that has a processor")
         self.environment, self.config, self.adapter = environment, config, adapter
-        self.decode = decode or self.ask_for_text
-        self.reserved = reserved
+        self.decode, self.reserved = decode, reserved
         self.url = config.url
         self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
         atexit.register(self.pool.terminate)
@@ -408,7 +368,7 @@ class Generator:
         return GenerateOutputs.from_rollouts(rollouts, [str(failure) for failure in failures])
 
     def check_engine(self) -> None:
-        """ServerError if no token can be sampled: the health route does not notice a hung engine."""
+        """ServerError if no token can be sampled, which the health route does not notice."""
         try:
             self.call("v1/completions", {"prompt": "a", "max_tokens": 1})
         except requests.Timeout as error:
@@ -424,7 +384,7 @@ class Generator:
             group, scoring = result.get()
             # Of conversations each has a limit of its own.
             limit = math.inf if self.environment.play else self.config.generation_timeout
-            scoring.result(limit, "reward")
+            scoring.result(limit, "reward", TIMEOUT_HINT)
         except ServerError:
             raise
         except Exception as raised:  # rows and images of an environment fail in any way
@@ -439,7 +399,7 @@ class Generator:
         shrink.
         """
         reading = Task(lambda: self.read(job))
-        row, messages, images = reading.result(self.config.generation_timeout, "row")
+        row, messages, images = reading.result(self.config.generation_timeout, "row", TIMEOUT_HINT)
         # Sample i of a request gets its seed + i: neighbouring requests are n apart, none overlap.
         reply = self.call("v1/chat/completions", {
             **self.chat, **self.sampling, "messages": messages, "n": job.n,
@@ -458,19 +418,60 @@ class Generator:
 
     def read(self, job: Job) -> tuple[dict, list[dict], list[Image.Image]]:
         """The row with its prompt in one form, the messages in OpenAI form, and their images."""
-        row = dict(job.rows[job.index])
+        row = without_shared_images(dict(job.rows[job.index]))
         row["prompt"] = row_prompt(row, self.reserved)
         return row, *render_prompt(row["prompt"])
 
-    def ask_for_text(self, ids: list[int], skip_special_tokens: bool) -> str:
-        """The text of the ids by the server's tokenizer, special tokens included."""
-        return self.call("detokenize", {"model": self.chat["model"], "tokens": ids})["prompt"]
+    def score_group(self, job: Job, choices: list[dict], shared: dict, urls: list[str],
+                    group: list) -> None:
+        """Add each completion, or the conversation that begins with it, to the group, rewarded."""
+        if self.adapter and job.trained:
+            encoded = self.adapter.encode(shared["prompt"], shared["images"])
+            shared["encoded"] = self.adapter.as_served(encoded, shared["prompt_ids"])
+        if self.environment.play is None:
+            for choice in choices:
+                group.append(self.score(lambda: self.answer(choice, shared), shared))
+            return
+        talks = []
+        for offset, choice in enumerate(choices):
+            play = functools.partial(self.play, choice, shared, urls, self.seed(job) + offset)
+            talks.append(Task(functools.partial(self.score, play, shared)))
+        for talk in talks:
+            try:
+                group.append(talk.result(self.config.generation_timeout, "reply", TIMEOUT_HINT))
+            except TimeoutError as error:
+                group.append(Failure(job.index, error))
 
-    def text_of(self, choice: dict) -> str:
-        """What the policy said, without the token that ended its turn."""
-        ids = choice["token_ids"]
-        said = ids if choice["finish_reason"] == "length" else ids[:-1]
-        return self.decode(said, skip_special_tokens=self.environment.skip_special_tokens)
+    def answer(self, choice: dict, shared: dict) -> tuple[dict, dict]:
+        """(the fields of the Rollout of a single completion, no further info)."""
+        return {"completion": self.text(choice), "completion_ids": choice["token_ids"],
+                "completion_logprobs": logprobs_of(choice),
+                "finish_reason": choice["finish_reason"],
+                "state": {"message": choice["message"], **shared["state"]}}, {}
+
+    def play(self, choice: dict, shared: dict, urls: list[str], seed: int) -> tuple[dict, dict]:
+        """(the fields of the Rollout of a conversation, what the environment found in it)."""
+        talk, found = Conversation(self, shared, urls, choice, seed), None
+        with contextlib.suppress(ConversationOver):
+            found = self.environment.play(talk.say, talk.messages[-1]["content"],
+                                          copied(shared["answer"]), **copied(shared["info"]))
+        return {"completion": talk.messages[len(shared["prompt"]):],
+                "completion_ids": talk.completion_ids, "completion_mask": talk.completion_mask,
+                "completion_logprobs": talk.logprobs, "replies": talk.replies,
+                "finish_reason": talk.finish_reason}, found or {}
+
+    def score(self, roll_out: Callable, shared: dict) -> Rollout | Failure:
+        """What roll_out() gives, with its reward; or why there is none."""
+        try:
+            fields, found = roll_out()
+            info = {**shared["info"], **found}
+            reward, metrics = scores(self.environment, fields["completion"], shared["answer"], info)
+        except ServerError:
+            raise
+        except BaseException as error:  # what environments are made of can fail in any way
+            return Failure(shared["example_id"], error)
+        return Rollout(**{**shared, **fields, "info": info}, reward=reward, metrics=metrics,
+                       finished=time.perf_counter())
 
     def generate(self, token_ids: list[int], image_urls: list[str], seed: int, turn: int) -> dict:
         """A later turn's completion, by token ids; like first turns, max_concurrent at a time."""
@@ -480,62 +481,16 @@ class Generator:
                 "sampling_params": {**self.sampling, "logprobs": 0, "seed": seed}}
         return self.pool.apply(self.call, ("inference/v1/generate", body))
 
-    def score_group(self, job: Job, choices: list[dict], shared: dict, urls: list[str],
-                    group: list) -> None:
-        """Add each completion, or conversation from it, to the group, with its reward."""
-        if self.adapter and job.trained:
-            encoded = self.adapter.encode(shared["prompt"], shared["images"])
-            shared["encoded"] = self.adapter.as_served(encoded, shared["prompt_ids"])
-        if self.environment.play is None:
-            for choice in choices:
-                group.append(self.score(functools.partial(self.answer, choice), shared))
-            return
-        talks = []
-        for number, choice in enumerate(choices):
-            talk = Conversation(self, shared, urls, choice, self.seed(job) + number)
-            task = Task(functools.partial(self.score, functools.partial(self.play, talk), shared))
-            talks.append((talk, task))
-        for talk, task in talks:
-            try:
-                rollout = task.result(self.config.generation_timeout, "reply", clock=talk)
-            except TimeoutError as error:
-                rollout = Failure(job.index, error)
-            group.append(rollout)
+    def text(self, choice: dict) -> str:
+        """What the policy said: its sampled ids without the token that ends a turn, decoded."""
+        ids, reason = choice["token_ids"], choice["finish_reason"]
+        if reason not in ("stop", "tool_calls", "length"):
+            raise RuntimeError(f"the server broke it off ({reason})")
+        if reason != "length":
+            ids = ids[:-1]
+        return self.decode(ids, skip_special_tokens=self.environment.skip_special_tokens)
 
-    def answer(self, choice: dict, shared: dict) -> tuple[dict, dict]:
-        """(the fields of the Rollout of a single completion, no further info)."""
-        return {"completion": self.text_of(choice), "completion_ids": choice["token_ids"],
-                "completion_logprobs": [token["logprob"]
-                                        for token in choice["logprobs"]["content"]],
-                "finish_reason": choice["finish_reason"],
-                "state": {"message": choice["message"], **shared["state"]}}, {}
 
-    def play(self, talk: Conversation, shared: dict) -> tuple[dict, dict]:
-        """(the fields of the Rollout of a conversation, what the environment found in it)."""
-        found = None
-        with contextlib.suppress(ConversationOver):
-            found = self.environment.play(talk.say, talk.messages[-1]["content"], shared["answer"],
-                                          **shared["info"])
-        return {"completion": talk.messages[len(shared["prompt"]):],
-                "completion_ids": talk.completion_ids, "completion_mask": talk.completion_mask,
-                "completion_logprobs": talk.logprobs, "replies": talk.replies,
-                "finish_reason": talk.finish_reason}, found or {}
-
-    def score(self, roll_out: Callable, shared: dict) -> Rollout | Failure:
-        """What was said, with its reward; or what the environment's code raised."""
-        weights = self.environment.weights or [1.0] * len(self.environment.rewards)
-        scores, total = {}, 0.0
-        try:
-            fields, found = roll_out(shared)
-            info = {**shared["info"], **found}
-            for reward, weight in zip(self.environment.rewards, weights, strict=True):
-                score = number(reward(fields["completion"], shared["answer"], **info))
-                scores[reward.__name__] = score
-                total += weight * score
-            total = number(total)
-        except ServerError:
-            raise
-        except BaseException as error:  # what environments are made of can fail in any way
-            return Failure(shared["example_id"], error)
-        return Rollout(**{**shared, **fields, "info": info}, reward=total, metrics=scores,
-                       finished=time.perf_counter())
+def logprobs_of(choice: dict) -> list[float]:
+    """Those of the sampled tokens."""
+    return [token["logprob"] for token in choice["logprobs"]["content"]]

@@ -25,7 +25,7 @@ from support.gloo import use_gloo
 from support.http import Refusal, ServerError, call, is_healthy, was_spoiled
 from support.owner import Lease
 from support.server_flags import server_config
-from support.text import plain
+from support.text import plain, print_plainly
 
 STARTS = 3  # attempts at bringing a lost server back
 
@@ -40,7 +40,7 @@ class Server:
 
     def __init__(self, config):
         self.config, self.url, self.patience = config, config.url, config.vllm_server_timeout
-        self.log = Path(config.output_dir, f"{config.run_name}-vllm.log")
+        self.log = Path(f"{config.run_dir}-vllm.log")
         self.ours = False    # whether it is ours to start and stop
         self.process = None
         self.engine = None   # the trainer's side of the weight transfer
@@ -82,11 +82,13 @@ class Server:
         if self.ours:
             self.process = vllm_process.start(self.config, self.log)
         start = time.monotonic()
-        while not is_healthy(self.url):
-            waited = time.monotonic() - start
-            if self.process and self.process.poll() is not None:
+        while True:
+            if self.process and self.process.poll() is not None:  # what answers is another one
                 raise ValueError(f"vLLM ended, code {self.process.returncode} ({self.log}): "
                                  + vllm_process.last_errors(self.log))
+            if is_healthy(self.url):
+                return
+            waited = time.monotonic() - start
             if waited > self.patience:
                 raise TimeoutError(f"no vLLM server at {self.url} after {waited:.0f} s (see vllm_"
                                    "server_timeout); start one: `python sync.py @ CONFIG`")
@@ -121,26 +123,43 @@ class Server:
             if self.config.inference_args.get("enable_sleep_mode"):
                 self.call("wake_up")
             self.lease.claim()
-            if was_spoiled(self.url):
-                self.engine = None  # so that both meet anew, and NaN in its caches are removed
+            caches_are_clean = self.engine is not None and not was_spoiled(self.url)
             engine = self.engine or self.meet(source)
             # And so they stay if anything below fails: both sides then meet anew.
             self.engine = self.version = None
-            self.call("pause?mode=keep")
-            engine.send_weights()
-            version = self.lease.version(source.version)
-            self.call("update_weight_version", {"new_version": version})
-            self.call("reset_prefix_cache?reset_running_requests=true")
-            self.call("reset_mm_cache")
-            self.call("reset_encoder_cache")
-            self.call("resume")
+            self.lease.write(None)
+            with self.paused():
+                engine.send_weights()
+                if not caches_are_clean:
+                    self.clean_caches()
+                self.call("reset_prefix_cache?reset_running_requests=true")
+                self.call("reset_mm_cache")
+                self.call("reset_encoder_cache")
+                self.lease.write(source.version)
             served = self.lease.served()
-            if served != version:
+            if served != self.lease.version(source.version):
                 raise RuntimeError(f"it serves {plain(served)!r}")
             self.engine, self.version = engine, source.version
         except (OSError, RuntimeError) as error:
             raise ServerError(
                 f"weights {source.version} did not reach {self.url}: {error}") from error
+
+    @contextlib.contextmanager
+    def paused(self):
+        """No token is sampled in here. However it ends, requests go on: others may wait, too."""
+        self.call("pause?mode=keep")
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError, RuntimeError):
+                call(f"{self.url}/resume", timeout=10, pauses=())
+            raise
+        self.call("resume")
+
+    def clean_caches(self) -> None:
+        """Remove what exploded weights have left, of this trainer or of one before it."""
+        with contextlib.suppress(Refusal):  # from workers of somebody's own, which cannot do it
+            self.call("collective_rpc", {"method": "clean_caches"})
 
     def meet(self, source: "CheckpointSource"):
         """Form a new group with the server's workers; the trainer's side of it, bound to source.
@@ -149,8 +168,6 @@ class Server:
         """
         from vllm.distributed.weight_transfer import ipc_engine, nccl_engine
         self.leave_old_group()
-        with contextlib.suppress(Refusal):  # from workers of somebody's own, which cannot do it
-            self.call("collective_rpc", {"method": "clean_caches"})
         ends = {"client": make_client(self.url, self.config.vllm_server_timeout),
                 "source": source}
         if self.config.backend == "ipc":
@@ -237,6 +254,7 @@ class CheckpointSource:
 
 def main() -> None:
     """Run the server alone until it ends, or Ctrl-C."""
+    sys.excepthook = print_plainly
     with mistakes():
         config = server_config()
         if is_healthy(config.url):

@@ -33,6 +33,7 @@ from support.lock import owned
 from support.prompts import reserved_strings
 from support.ranks import add_up, become_torchrun, is_on_all_ranks, join_ranks, on_lead
 from support.records import Records
+from support.text import describe, print_plainly
 from sync import CheckpointSource, Server
 
 ATTEMPTS = 3  # at anything that needs the server, and at finite numbers, before the run ends
@@ -80,6 +81,7 @@ class MultimodalGRPOTrainer:
         self.ahead = collections.deque()     # (rollouts under way, their weight version) by step
         self.checked = False                 # whether server and sharing were, on the first batch
         self.good_row = None                 # one of the last micro-batch with finite logprobs
+        self.half_updated = False            # some of a step's updates are done, but not all
         self.bad_steps = 0                   # optimizer steps in a row without finite numbers
         self.stopping = 0                    # the signal that asked to stop
         self.seconds = {}                    # of each act of the step at hand
@@ -197,9 +199,12 @@ class MultimodalGRPOTrainer:
             batch = self.build_batch(outputs)
             if not self.checked and batch.loss_mask.any():
                 self.check_first(batch)
-            updates = [self.optimizer_step(part)
-                       for part in batch.parts(self.config.updates_per_rollout)]
+            updates = []
+            for part in batch.parts(self.config.updates_per_rollout):
+                updates.append(self.optimizer_step(part))
+                self.half_updated = True
             self.step += 1
+            self.half_updated = False
             means = {name: statistics.mean(update[name] for update in updates)
                      for name in updates[0]}
             return {"step": self.step, "lr": self.optimizer.param_groups[0]["lr"], **means,
@@ -213,8 +218,9 @@ class MultimodalGRPOTrainer:
         if self.config.mask_truncated:
             truncated = [reason == "length" for reason in outputs.finish_reason]
             batch.loss_mask[torch.tensor(truncated)] = 0
-        batch.advantages = group_advantages(batch.rewards, torch.tensor(outputs.groups()),
-                                            self.config.divide_by_std)
+        if batch.advantages is None:  # else an adapter has its own
+            batch.advantages = group_advantages(batch.rewards, torch.tensor(outputs.groups()),
+                                                self.config.divide_by_std)
         outputs.advantage = batch.advantages.tolist()
         return batch
 
@@ -371,15 +377,24 @@ class MultimodalGRPOTrainer:
             self.saved_step = self.step
 
     def check_policy(self) -> None:
-        """ValueError if the weights have exploded: finite ones, too, may overflow when used."""
-        if self.good_row is not None:
+        """ValueError if the weights are not worth saving.
+
+        They are between two updates of a step, which would be trained again. Or they have exploded:
+        finite ones, too, may overflow when they are used.
+        """
+        reason = None
+        if self.half_updated:
+            reason = "the error came between two updates of a step"
+        elif self.good_row is not None:
             with torch.no_grad():
                 logprobs, _ = self.policy(self.good_row.to(self.device), share=False)
             if not logprobs.isfinite().all():
-                error = ValueError("logprobs are not finite, because the weights have exploded; "
-                                   "lower learning_rate and resume from an earlier checkpoint")
-                error.on_all_ranks = True  # each of them has forwarded the same row
-                raise error
+                reason = ("logprobs are not finite, because the weights have exploded; lower "
+                          "learning_rate and resume from an earlier checkpoint")
+        if reason:
+            error = ValueError(reason)
+            error.on_all_ranks = True  # each of them has made the same updates
+            raise error
 
     def save_if_due(self) -> None:
         every = self.config.save_every_steps
@@ -396,7 +411,7 @@ class MultimodalGRPOTrainer:
             if not is_on_all_ranks(error):
                 raise
             tqdm.write(f"step {self.step} could not be saved, the newest checkpoint is of step "
-                       f"{self.saved_step}: {type(error).__name__}: {error}")
+                       f"{self.saved_step}: {describe(error)}")
             return False
 
     def rehearse_save(self) -> None:
@@ -415,10 +430,10 @@ class MultimodalGRPOTrainer:
     def stop(self, number: int = signal.SIGTERM, _frame=None) -> None:
         """End train() after the step at hand, with a checkpoint; the second time: exit at once.
 
-        A SIGHUP is no second one, for init systems send it beside a SIGTERM. With several ranks the
-        second one changes nothing, for torchrun sends one by itself.
+        A SIGHUP and another signal are one wish, for init systems send it beside a SIGTERM. With
+        several ranks the second one changes nothing, for torchrun sends one by itself.
         """
-        if self.stopping and self.world == 1 and number != signal.SIGHUP:
+        if self.stopping and self.world == 1 and signal.SIGHUP not in (self.stopping, number):
             sys.exit(128 + number)
         self.stopping = number
         self.server.patience = 0  # nor wait for a server any longer
@@ -444,6 +459,7 @@ def served(config: MultimodalRLConfig):
 
 def main() -> None:
     """Train as the command line says. A mistake in it is one line, and exit code 2."""
+    sys.excepthook = print_plainly
     with contextlib.ExitStack() as stack:
         with mistakes():
             trainer = stack.enter_context(served(command_line("train.py")))

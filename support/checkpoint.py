@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from policy import FULL, merge_adapters
 from support.finite import check_finite
-from support.ranks import join_ranks, on_lead
+from support.ranks import on_lead
 
 
 def save(config, step: int, policy, optimizer, processor, keep: int | None) -> None:
@@ -79,7 +79,10 @@ def write(folder: Path, config, step: int, policy, weights: dict, processor, sta
         # Without the user's metrics.jsonl, which he may have removed, a run goes on all the same.
         state = {"step": step, "metrics": metrics.read_text() if metrics.exists() else "",
                  "config": json.dumps(config.to_record(), default=str), **state, **random_state()}
-        torch.save(state, folder / "trainer.pt")
+        try:
+            torch.save(state, folder / "trainer.pt")
+        except RuntimeError as error:  # whose words are of positions in the file
+            raise OSError(f"{folder / 'trainer.pt'} was cut: is the disk full?") from error
         (folder / "checksums.json").write_text(json.dumps(checksums(folder)))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # a full disk needs its space
@@ -92,11 +95,18 @@ def set_aside_from(run_dir: Path, step: int) -> None:
     in_the_way = run_dir / f"checkpoint-{step}"
     if os.path.lexists(in_the_way) and in_the_way not in later:
         later.append(in_the_way)  # damaged, or not of ours
-    past = Path(f"{run_dir}-past-{time.time_ns()}")
-    for path in later:
-        past.mkdir(exist_ok=True)
-        path.rename(past / path.name)
-        tqdm.write(f"{path} was there before this run came to step {step}; it is now in {past}")
+    set_aside(later, run_dir)
+
+
+def set_aside(paths: list[Path], run_dir: Path) -> None:
+    """Move what an earlier run left in this one's place to a new folder beside the run folder."""
+    if paths:
+        past = Path(f"{run_dir.resolve()}-past-{time.time_ns()}")
+        past.mkdir()
+        for path in paths:
+            shutil.move(path, past / path.name)  # a run folder may be a file system of its own
+        names = ", ".join(path.name for path in paths)
+        tqdm.write(f"{run_dir}: what an earlier run left there is now in {past}: {names}")
 
 
 def remove(path: Path, partial: Path) -> None:
@@ -178,7 +188,7 @@ def load(path: Path, model, optimizer, config) -> tuple[int, str]:
         raise ValueError(f"{path} is of another model or lora_rank, or less of it was trained "
                          f"({changes}): {error!s:.300}") from error
     torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state_all(state["cuda"])
+    torch.cuda.set_rng_state_all(state["cuda"][:torch.cuda.device_count()])
     random.setstate(state["python"])
     numpy.random.set_state(state["numpy"])
     for group in optimizer.param_groups:
@@ -193,6 +203,8 @@ def load(path: Path, model, optimizer, config) -> tuple[int, str]:
 def config_changes(old: dict, config) -> list[str]:
     """"key: old value -> new value" of each key of the config that another value is given to."""
     new = json.loads(json.dumps(config.to_record(), default=str))
+    if old:  # a key that is younger than the checkpoint had its default value
+        old = type(config)().to_record() | old
     return [f"{key}: {json.dumps(old[key])} -> {json.dumps(new[key])}" for key in new
             if key != "resume" and key in old and old[key] != new[key]]
 

@@ -15,6 +15,7 @@ import tomli
 import torch
 
 from loss import grpo_loss
+from support.text import plain
 
 # Where a key stands in the file -> its field. All other fields are keys of [trainer.args].
 PLACES = {"model": "model", "env.id": "env_id", "env.args": "env_args",
@@ -22,9 +23,11 @@ PLACES = {"model": "model", "env.id": "env_id", "env.args": "env_args",
           "trainer.gpus": "trainer_gpus", "trainer.adapter": "adapter"}
 TRAINER_ARGS = "trainer.args."
 
-# Keys, and flags of the server, whose values may be a file or folder that exists already.
-PATHS = ("model", "resume")
-PATH_FLAGS = ("chat_template", "tokenizer", "hf_config_path")
+# By table, the keys whose values may be a file or folder that is there already. In any other table,
+# as in [env.args], that may be every value with a slash.
+PATHS = {"": ("model", "resume"),
+         "inference_args": ("chat_template", "tokenizer", "hf_config_path")}
+SECRET = re.compile("api[-_]?key|hf_token|password|secret", re.IGNORECASE)  # keys not written down
 
 # What asks a run to end: Ctrl-C, a scheduler or `kill`, and the terminal that is closed.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -114,21 +117,24 @@ class MultimodalRLConfig:
             raise ValueError(f"vllm_server_host must be a name or address alone: {self.url}")
         if self.temperature < 0.01:
             raise ValueError(f"temperature must be at least 0.01 to the server, not {self.temperature}")
+        if not isinstance(flags.get("api_key", ""), str):
+            raise ValueError("inference.args.api_key must be a string")
         if "model" in flags or "port" in flags:
             raise ValueError("inference.args: set `model` and vllm_server_port instead")
         longest = flags.get("max_model_len")  # for vLLM it may be "32k", too
-        if isinstance(longest, int) and self.max_tokens >= longest:
+        if isinstance(longest, int) and 0 < longest <= self.max_tokens:
             raise ValueError("max_tokens must be below max_model_len, which holds the prompt, too")
         if flags.get("enable_sleep_mode") and (self.async_steps or self.sync_to_vllm_every != 1):
             raise ValueError("enable_sleep_mode needs async_steps = 0 and sync_to_vllm_every = 1")
 
     def check_folder(self) -> None:
-        """The run folder must be below output_dir: a run that starts anew renames all of it."""
+        """The run folder must be below output_dir: a run moves what an earlier one left in it."""
         if not self.output_dir.strip():
             raise ValueError("output_dir must not be empty (an unset shell variable?)")
         name = Path(self.run_name)
         leaves = name.is_absolute() or ".." in name.parts or name == Path()
-        if leaves or not self.run_name.strip() or not self.run_name.isprintable():
+        too_long = len(os.fsencode(name.name)) > 200  # file systems take 255, with "-past-TIME"
+        if leaves or too_long or not self.run_name.strip() or not self.run_name.isprintable():
             raise ValueError(f"run_name must name a folder in output_dir, not {self.run_name!r} "
                              "(an unset shell variable?)")
 
@@ -167,9 +173,11 @@ class MultimodalRLConfig:
         return "nccl" if self.trainer_gpus else "ipc"
 
     def to_record(self) -> dict:
-        """All keys and their values, but for the server's api_key, as they may be written down."""
+        """All keys and their values as they may be written down: without api_key and its like."""
         values = asdict(self)
-        values["inference_args"].pop("api_key", None)
+        for name in ("inference_args", "env_args"):
+            values[name] = {key: value for key, value in values[name].items()
+                            if not SECRET.search(key)}
         return values
 
     def loss_options(self) -> dict[str, float]:
@@ -202,7 +210,7 @@ def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
     in_file, in_words = {}, {}
     folders = [Path(path).parent, Path()]
     try:
-        add_keys(in_file, parse_toml(Path(path).read_text()))
+        add_keys(in_file, parse_toml(Path(path).read_text("utf-8-sig")))
         for override in overrides:
             add_keys(in_words, parse_override(override))
         values = find_paths(in_file, folders)
@@ -217,25 +225,26 @@ def load_config(path: str, overrides: list[str] = ()) -> MultimodalRLConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def find_paths(values: dict, folders: list[Path]) -> dict:
+def find_paths(values: dict, folders: list[Path], table: str = "") -> dict:
     """The values by field, with what names a file or folder in one of these folders found there."""
-    found = dict(values)
-    for key in PATHS:
-        if isinstance(values.get(key), str):
-            found[key] = find_path(values[key], folders)
-    if isinstance(values.get("inference_args"), dict):
-        found["inference_args"] = dict(values["inference_args"])
-        for flag in PATH_FLAGS:
-            if isinstance(values["inference_args"].get(flag), str):
-                found["inference_args"][flag] = find_path(values["inference_args"][flag], folders)
-    if isinstance(values.get("output_dir"), str):
-        found["output_dir"] = os.path.expanduser(values["output_dir"])
+    found = {}
+    for key, value in values.items():
+        if table == "inference_args":
+            key = key.replace("-", "_")  # a flag may be written in both ways
+        if isinstance(value, dict):
+            value = find_paths(value, folders, key)
+        elif isinstance(value, str):
+            is_path = key in PATHS[table] if table in PATHS else "/" in value
+            if is_path or key == "output_dir":
+                value = os.path.expanduser(value)
+            if is_path:
+                value = find_path(value, folders)
+        found[key] = value
     return found
 
 
 def find_path(value: str, folders: list[Path]) -> str:
     """The value as a path in the first folder that has it; else the value, perhaps a hub's name."""
-    value = os.path.expanduser(value)
     for folder in folders:
         if value and os.path.exists(folder / value):
             return str(folder / value)
@@ -252,14 +261,19 @@ def check_model_path(model, folders: list[Path]) -> None:
 
 
 def parse_toml(text: str) -> dict:
-    """The table of a TOML text. If JSON is the mistake in it, the error says what TOML writes."""
+    """The table of a TOML text. If JSON or Python is the mistake, the error says it in TOML."""
     try:
         return tomli.loads(text)
     except tomli.TOMLDecodeError as error:
         place = re.search(r"at line (\d+)", str(error))
         if place is None:
             raise
-        in_toml = toml_of_json(text.splitlines()[int(place[1]) - 1].strip())
+        line = text.splitlines()[int(place[1]) - 1].strip()
+        if SECRET.search(line):
+            raise
+        if re.search(r"[=:]\s*(None|null)\b", line):
+            raise ValueError(f"{error}; TOML has no None: leave the key out") from error
+        in_toml = toml_of_json(line)
         try:
             tomli.loads(in_toml)
         except tomli.TOMLDecodeError:
@@ -267,11 +281,27 @@ def parse_toml(text: str) -> dict:
         raise ValueError(f"{error}; JSON is not TOML, which writes {in_toml}") from error
 
 
+# A string or a word, perhaps with the colon that makes it a key; the last comma of a list; a brace.
+JSON_TOKEN = re.compile(
+    r"""("(?:\\.|[^"\\])*"|'[^']*'|[\w.+-]+)(\s*:\s*)?|,\s*(?=[]}]|$)|\{\s*|\s*\}""")
+
+
 def toml_of_json(line: str) -> str:
-    """`key = {"image": 4}` -> `key = { image = 4 }`, and True -> true."""
-    line = re.sub(r'(^|[{,]\s*)"?([\w-]+)"?\s*:\s*', r"\1\2 = ", line)
-    line = re.sub(r"\s*,?\s*\}", " }", re.sub(r"\{\s*", "{ ", line))
-    return re.sub(r"\b(True|False)\b", lambda word: word[0].lower(), line)
+    """A line of JSON or Python, in TOML. What stands in strings stays as it is.
+
+    >>> toml_of_json('"x": {"image": 4, "a b": [True, "True: {}"]},')
+    'x = { image = 4, "a b" = [true, "True: {}"] }'
+    """
+    def in_toml(match: re.Match) -> str:
+        word, colon = match.groups()
+        if word is None:
+            return {"{": "{ ", "}": " }", ",": ""}[match[0].strip()]
+        if colon:
+            bare = word.strip("\"'")
+            return (bare if re.fullmatch(r"[\w-]+", bare) else word) + " = "
+        return word.lower() if word.lower() in ("true", "false") else word
+
+    return JSON_TOKEN.sub(in_toml, line)
 
 
 def parse_override(override: str) -> dict:
@@ -281,10 +311,8 @@ def parse_override(override: str) -> dict:
         raise ValueError(f"override {override!r} is not key=value or table.key=value")
     if "." not in key and key != "model":
         key = TRAINER_ARGS + key
-    if text.startswith("{"):
-        text = toml_of_json(text)
     try:
-        return tomli.loads(f"{key} = {text}")
+        return tomli.loads(f"{key} = {toml_of_json(text)}")
     except tomli.TOMLDecodeError:  # a word without quotes is a string
         return tomli.loads(f"{key} = {json.dumps(text)}")
 
@@ -331,6 +359,8 @@ def command_line(program: str) -> MultimodalRLConfig:
         words = ["@", words[0][1:], *words[1:]]
     if len(words) < 2 or words[0] != "@":
         raise ValueError(f"usage: python {program} @ config.toml [key=value ...]")
+    # Environments and adapters are modules, and may stand beside the config or where we are.
+    sys.path += [os.path.dirname(os.path.abspath(words[1])), os.getcwd()]
     return load_config(words[1], words[2:])
 
 
@@ -370,5 +400,5 @@ def mistakes():
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)
+        print("error:", plain(str(error)), file=sys.stderr)
         sys.exit(2)

@@ -4,28 +4,35 @@ The server gets the first entries of that list, and the trainer's ranks the ones
 each. Entries may be numbers, names (GPU-...) or MIG instances (MIG-...).
 """
 import os
+import re
 
 import torch
 
 USERS_LISTS = {}  # what this process has set in the place of the user's list -> that list
 
 
-def users_gpus() -> list[str] | None:
-    """The entries of the user's list, or None without one: then all GPUs, by number."""
+def users_gpus() -> list[str]:
+    """The entries of the user's list up to the first that names no GPU, where CUDA stops, too.
+
+    Without a list these are the numbers of all GPUs.
+    """
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
     if text is None:
-        return None
-    return [entry.strip() for entry in USERS_LISTS.get(text, text).split(",")]
+        return [str(number) for number in range(torch.cuda.device_count())]
+    gpus = []
+    for entry in USERS_LISTS.get(text, text).split(","):
+        if not re.fullmatch(r"\d+|(GPU|MIG)-.+", entry.strip()):
+            break
+        gpus.append(entry.strip())
+    return gpus
 
 
 def entries_at(first: int, count: int) -> list[str]:
     """`count` entries of the user's list from position `first` on; ValueError if it is shorter."""
     gpus = users_gpus()
-    if gpus is None:
-        return [str(position) for position in range(first, first + count)]
     if first + count > len(gpus):
-        raise ValueError(f"CUDA_VISIBLE_DEVICES={','.join(gpus)} shows {len(gpus)} of the "
-                         f"{first + count} GPUs that inference.gpus and trainer.gpus ask for")
+        raise ValueError(f"inference.gpus and trainer.gpus ask for {first + count} GPUs, but "
+                         f"CUDA_VISIBLE_DEVICES or this machine has {len(gpus)}: {','.join(gpus)}")
     return gpus[first:first + count]
 
 
@@ -33,13 +40,16 @@ def use_gpu(position: int) -> None:
     """Make the GPU at this position of the user's list the one of this process, if it has CUDA.
 
     CUDA shows a process one MIG instance alone, the first of its list, and reads that list at its
-    first call: so the list is cut to the instance before anything here asks for CUDA.
+    first call. So the list is cut to the instance before anything here asks for CUDA.
     """
-    gpus, device = users_gpus() or [], position
+    gpus, device = users_gpus(), position
     if position < len(gpus) and gpus[position].startswith("MIG-"):
         USERS_LISTS[gpus[position]] = ",".join(gpus)
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[position]
         device = 0
     if torch.cuda.is_available():
-        entries_at(position, 1)
-        torch.cuda.set_device(device)
+        [name] = entries_at(position, 1)
+        try:
+            torch.cuda.set_device(device)
+        except RuntimeError as error:
+            raise ValueError(f"the GPU {name} cannot be used: {error}") from error

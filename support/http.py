@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 import requests
 
 from support import secret
+from support.task import Task
 from support.text import plain
 
 NO_JSON = "Out of range float values"  # how vLLM says that there are NaN in an answer
@@ -42,7 +43,7 @@ def call(url: str, body: dict | None = None, method: str = "post", *, timeout: f
                 raise Refusal(describe(response), response.status_code)
         except requests.ConnectionError as error:
             if pause is None or isinstance(error, requests.Timeout):
-                raise ServerError(f"no connection to {url}: {error}") from error
+                raise ServerError(f"no connection to {url}: {plain(str(error))}") from error
         time.sleep(pause)
 
 
@@ -56,18 +57,19 @@ def session() -> requests.Session:
 
 def read_json(response: requests.Response) -> dict:
     """The body of a success; {} if there is none."""
-    if not response.content:
-        return {}
     try:
-        return response.json()
-    except ValueError as error:
-        raise Refusal(describe(response), response.status_code) from error
+        said = response.json() if response.content else {}
+    except ValueError:
+        said = None
+    if not isinstance(said, dict):
+        raise Refusal(describe(response), response.status_code)
+    return said
 
 
 def describe(response: requests.Response) -> str:
     """An answer that is of no use, in one line, and what helps if it asks who we are."""
-    said = plain(response.text[:2000])[:500]
-    message = f"{response.url}: {response.status_code} {said or response.reason or 'no text'}"
+    said = plain(response.text[:2000])[:500] or plain(response.reason or "") or "no text"
+    message = f"{response.url}: {response.status_code} {said}"
     if NO_JSON in said:
         SPOILED.add(urlsplit(response.url).netloc)
         message = (f"{response.url}: its logprobs are not finite, because its weights have "
@@ -87,8 +89,8 @@ def was_spoiled(url: str) -> bool:
 
 
 def is_healthy(url: str) -> bool:
-    """Whether a server answers there. The second try is for an idle connection that it closed."""
-    return succeeds(f"{url}/health") or succeeds(f"{url}/health")
+    """Whether a server answers there."""
+    return succeeds(f"{url}/health")
 
 
 def is_open(url: str) -> bool:
@@ -97,8 +99,9 @@ def is_open(url: str) -> bool:
 
 
 def succeeds(url: str) -> bool:
-    """Whether this is answered with a 200, whoever asks."""
+    """Whether this is answered with a 200 within 5 seconds, whoever asks."""
     try:
-        return session().get(url, timeout=5, allow_redirects=False).status_code == 200
-    except requests.RequestException:
+        asking = Task(lambda: session().get(url, timeout=5, allow_redirects=False, stream=True))
+        return asking.result(5, "answer").status_code == 200
+    except OSError:  # as all of requests' own errors are
         return False

@@ -9,17 +9,23 @@ import stat
 import threading
 import time
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import numpy
 import requests
 from PIL import Image, ImageOps
+from urllib3.util import parse_url
 
 SECONDS, BYTES = 20, 2**26  # at most, for the download of an image
+FILE_BYTES = 2**28          # at most, of an image file
 PIXELS = 2**25              # at most, of an image: decoded it takes 4 bytes for each
 LARGE = 2**24               # pixels from which on one image at a time is decoded
+# Those that Pillow reads by itself, and only as large as their header says: icons hold another
+# file of another size, and for EPS it runs Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 REDIRECTS = 5
-USERS_OBJECT = threading.Lock()  # rows share images, and every row is read by a thread of its own
+GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")  # all other ranges are local, or lead to IPv4
+USERS_OBJECT = threading.RLock()  # rows share images, and each row is read by a thread of its own
 LARGE_IMAGE = threading.Lock()
 
 
@@ -65,7 +71,11 @@ def open_image(source) -> Image.Image:
         return own_image(source)
     if isinstance(source, numpy.ndarray) and source.ndim > 1:
         return Image.fromarray(source.copy())
-    return Image.open(io.BytesIO(read_bytes(source)))
+    return open_bytes(read_bytes(source))
+
+
+def open_bytes(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
 def first_value(source: dict, keys: tuple[str, ...]):
@@ -83,8 +93,7 @@ def read_bytes(source) -> bytes:
     if isinstance(source, str) and "://" in source:
         return download(source)
     if isinstance(source, (str, os.PathLike)):
-        if not stat.S_ISREG(os.stat(source).st_mode):  # a pipe would be waited for, for ever
-            raise ValueError("it is no regular file")
+        check_regular(os.stat(source))
         return Path(source).read_bytes()
     if isinstance(source, numpy.ndarray) and source.dtype == numpy.uint8:
         return source.tobytes()
@@ -101,8 +110,7 @@ def read_file(file) -> bytes:
         return file.getvalue()
     if isinstance(file, io.BufferedReader) and isinstance(file.raw, io.FileIO):
         state = os.fstat(file.fileno())
-        if not stat.S_ISREG(state.st_mode):
-            raise ValueError("it is no regular file")
+        check_regular(state)
         return os.pread(file.fileno(), state.st_size, 0)
     with USERS_OBJECT:
         position = file.tell()
@@ -112,6 +120,12 @@ def read_file(file) -> bytes:
     return content
 
 
+def check_regular(state: os.stat_result) -> None:
+    """ValueError for what may be waited for or read for ever: pipes, devices, files of /proc."""
+    if not stat.S_ISREG(state.st_mode) or not 0 < state.st_size <= FILE_BYTES:
+        raise ValueError(f"it is no regular file of 1 to {FILE_BYTES} bytes")
+
+
 def own_image(image: Image.Image) -> Image.Image:
     """The user's image as an object of our own.
 
@@ -119,16 +133,30 @@ def own_image(image: Image.Image) -> Image.Image:
     for good. So what is not yet decoded is opened again from its file, and the user's object is
     not touched.
     """
-    if getattr(image, "_im", None) is None and getattr(image, "fp", None) is not None:
-        own = Image.open(io.BytesIO(read_file(image.fp)))
-        if image.tell():
-            own.seek(image.tell())
-        if (own.size, own.mode) == (image.size, image.mode):
-            return own
-    if is_animated(image):
-        raise ValueError("it is animated")
     with USERS_OBJECT:
+        if getattr(image, "_im", None) is None and getattr(image, "fp", None) is not None:
+            own = open_bytes(read_file(image.fp))
+            own.seek(image.tell())
+            if (own.size, own.mode) != (image.size, image.mode):
+                own.draft(image.mode, image.size)  # as the user has said, of a JPEG
+            if (own.size, own.mode) == (image.size, image.mode):
+                return own
+        if is_animated(image):
+            raise ValueError("it is animated")
         return image.copy()
+
+
+def without_shared_images(value):
+    """A row, or a value in one, whose PIL images are objects that no other thread has."""
+    if isinstance(value, Image.Image):
+        with contextlib.suppress(ValueError):  # of an animation, which the model is not shown
+            value = own_image(value)
+        return value
+    if isinstance(value, dict):
+        return {key: without_shared_images(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_shared_images(entry) for entry in value]
+    return value
 
 
 def no_credentials(request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -155,11 +183,11 @@ def download(url: str) -> bytes:
 
 
 def read_body(response: requests.Response, deadline: float) -> bytes:
-    body = b""
+    body = bytearray()
     while True:
         piece = response.raw.read1(2**16, decode_content=True)
         if not piece:
-            return body
+            return bytes(body)
         body += piece
         if len(body) > BYTES or time.monotonic() > deadline:
             raise ValueError(f"more than {BYTES} bytes or {SECONDS} seconds")
@@ -167,15 +195,17 @@ def read_body(response: requests.Response, deadline: float) -> bytes:
 
 def check_public(url: str) -> None:
     """ValueError if the host of a URL is, by name or number, not out in the internet."""
-    parts = urlsplit(url)
+    parts = parse_url(url)  # as requests does: of "http://a\\@b" the host is a, not b
+    host = (parts.host or "localhost").strip("[]")
     try:
-        found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, parts.port or 80, type=socket.SOCK_STREAM)
     except OSError:
         return  # only a proxy knows this name, and so the proxy's network is what it can reach
     for *_, address in found:
         ip = ipaddress.ip_address(address[0].split("%")[0])
         ip = getattr(ip, "ipv4_mapped", None) or ip
-        if not ip.is_global or ip.is_multicast:
+        tunnel = ip.version == 6 and (ip not in GLOBAL_IPV6 or ip.sixtofour)
+        if tunnel or not ip.is_global or ip.is_multicast:
             raise ValueError(f"it redirects to {url}, which is not a public address")
 
 

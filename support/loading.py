@@ -2,6 +2,7 @@
 import os
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 
@@ -17,10 +18,11 @@ def load_model(config):
     use_gpu(trainer_gpu(config))
     transformers.logging.disable_progress_bar()  # an error is one line
     try:
+        check_hub(config.model)
         model = transformers.AutoModelForImageTextToText.from_pretrained(
             config.model, dtype=torch.float32)
         processor = transformers.AutoProcessor.from_pretrained(config.model)
-    except OSError as error:
+    except Exception as error:  # of a broken file, of the network, or of a model's own code
         raise ValueError(missing_model(config.model, error)) from error
     _, world = join_ranks()
     if torch.cuda.is_available() and world == 1:  # else FSDP moves its shards
@@ -28,10 +30,17 @@ def load_model(config):
     return model, processor
 
 
-def missing_model(name: str, error: OSError) -> str:
+def check_hub(name: str) -> None:
+    """Raise at once if a model cannot be had from the hub, where transformers tries for 50 s."""
+    if not Path(name).is_dir() and not huggingface_hub.try_to_load_from_cache(name, "config.json"):
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, "config.json"))
+
+
+def missing_model(name: str, error: Exception) -> str:
     """What is wrong with a model that cannot be loaded; the library speaks of the hub alone."""
     if Path(name).is_dir():
-        return f"model: {name} does not hold a whole model: {error}"
+        kind = type(error).__name__
+        return f"model: {name} does not hold a whole model: {kind}: {error}"
     return (f"model: there is no folder {name!r} in the working directory {os.getcwd()} or beside "
             f"the config, and as a name of the Hugging Face hub it cannot be loaded: {error}")
 

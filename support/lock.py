@@ -17,8 +17,9 @@ OWNED = set()  # the run folders of this process
 def owned(folder: Path):
     """Own a run folder, and make it; inside of itself, in one process, it changes nothing.
 
-    Of several ranks rank 0 owns it for all. The lock is folder.lock, and ends with the process that holds it. ValueError names its owner if
-    that is another process, and says so if the folder cannot be written.
+    Of several ranks rank 0 owns it for all. The lock is folder.lock, beside what a link leads to,
+    and ends with the process that holds it. ValueError names its owner if that is another process,
+    and says so if the folder cannot be written.
     """
     place = folder.resolve()
     if place in OWNED or join_ranks()[0] > 0:
@@ -26,10 +27,11 @@ def owned(folder: Path):
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = take(Path(f"{folder}.lock"), folder)
+        lock = take(Path(f"{place}.lock"), folder)
+        os.register_at_fork(after_in_child=lock.close)  # a fork that lives on owns nothing
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written ({error.strerror}): see output_dir and "
-                         "run_name") from error
+        raise ValueError(f"{folder} cannot be written ({error.strerror}: {error.filename}): see "
+                         "output_dir and run_name") from error
     OWNED.add(place)
     try:
         yield
@@ -43,7 +45,10 @@ def owned(folder: Path):
 def take(path: Path, folder: Path):
     """The locked file, with the name of its owner in it; ValueError if another process has it."""
     while True:
-        lock = open(path, "a+")
+        try:
+            lock = open(path, "a+")
+        except PermissionError:  # that of another user can be locked and removed, but not written
+            lock = open(path)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -54,10 +59,12 @@ def take(path: Path, folder: Path):
         except OSError as error:
             tqdm.write(f"{folder} cannot be locked ({error.strerror}): nothing keeps a second run "
                        "of this name out")
-        if path.exists() and os.path.samestat(os.stat(path), os.fstat(lock.fileno())):
+        if not lock.writable():
+            path.unlink()
+        elif path.exists() and os.path.samestat(os.stat(path), os.fstat(lock.fileno())):
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}, since "
                        f"{time.strftime('%Y-%m-%d %H:%M:%S')}")
             lock.flush()
             return lock
-        lock.close()  # its last owner has removed it meanwhile
+        lock.close()  # its last owner has ended

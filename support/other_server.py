@@ -3,9 +3,11 @@ import json
 from pathlib import Path
 
 from support.http import Refusal, ServerError, call, is_open
+from support.task import Task
 from support.text import plain
 
 ADVICE = "start it with `python sync.py @ CONFIG`, or set another vllm_server_port"
+SECONDS = 60  # for an answer, with its second try
 NAMES = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 
 
@@ -14,33 +16,36 @@ def compare(config) -> bool:
 
     ServerError if it does not answer. Prints a warning if the routes answer anybody.
     """
-    url = config.url
     try:
-        served = ask(url, "v1/models")["data"][0]
-        model, longest = served.get("root") or served["id"], served.get("max_model_len")
-        is_vllm = served["owned_by"] == "vllm"
-    except (LookupError, TypeError, AttributeError):
-        is_vllm = False
-    if not is_vllm:
-        raise ValueError(f"what answers at {url} is no vLLM server: {ADVICE}")
-    if not same_model(str(model), config.model):
-        raise ValueError(f"the server at {url} has another model, {plain(str(model))!r}, than this "
-                         f"run, {config.model!r}: {ADVICE}")
+        compare_model(config, ask(config.url, "v1/models")["data"][0])
+        info = ask(config.url, "server_info?config_format=json")
+        if info:
+            compare_flags(config, info["vllm_config"])
+    except (LookupError, TypeError, AttributeError) as error:  # it says something else
+        raise ValueError(f"what answers at {config.url} is no vLLM server that this trainer "
+                         f"knows: {ADVICE}") from error
+    if config.sync_to_vllm_every and not info:
+        raise ValueError(f"the server at {config.url} has no RL routes (/weight_info, /pause, "
+                         f"...), by which it would get weights (VLLM_SERVER_DEV_MODE=1): {ADVICE}")
+    if config.sync_to_vllm_every and is_open(config.url):
+        print(f"warning: the RL routes of {config.url} answer everybody who reaches it, and let "
+              "them run code there; a server that sync.py starts asks for a secret", flush=True)
+    return bool(info)
+
+
+def compare_model(config, served: dict) -> None:
+    """The model that is served, and the longest sequence that it can be asked for."""
+    model, longest = str(served.get("root") or served["id"]), served.get("max_model_len")
+    if served["owned_by"] != "vllm":
+        raise LookupError("owned_by")
+    if not same_model(model, config.model):
+        raise ValueError(f"the server at {config.url} has another model, {plain(model)!r}, than "
+                         f"this run, {config.model!r}: {ADVICE}")
     wanted = config.inference_args.get("max_model_len")
     least = wanted if isinstance(wanted, int) else config.max_tokens + 1
     if isinstance(longest, int) and longest < least:
-        raise ValueError(f"the server at {url} has max_model_len {longest}, but this run needs "
-                         f"{least}: {ADVICE}")
-    info = ask(url, "server_info?config_format=json")
-    if info:
-        compare_flags(config, info["vllm_config"])
-    elif config.sync_to_vllm_every:
-        raise ValueError(f"the server at {url} has no RL routes (/weight_info, /pause, ...), by "
-                         f"which it would get weights (VLLM_SERVER_DEV_MODE=1): {ADVICE}")
-    if config.sync_to_vllm_every and is_open(url):
-        print(f"warning: the RL routes of {url} answer everybody who reaches it, and let them run "
-              "code there; a server that sync.py starts asks for a secret", flush=True)
-    return bool(info)
+        raise ValueError(f"the server at {config.url} has max_model_len {longest}, but this run "
+                         f"needs {least}: {ADVICE}")
 
 
 def compare_flags(config, served: dict) -> None:
@@ -65,7 +70,8 @@ def compare_flags(config, served: dict) -> None:
 def ask(url: str, route: str) -> dict | None:
     """What the server answers to a GET; None if it has no such route."""
     try:
-        return call(f"{url}/{route}", method="get", timeout=30, pauses=(1,))
+        asking = Task(lambda: call(f"{url}/{route}", method="get", timeout=30, pauses=(1,)))
+        return asking.result(SECONDS, "answer")
     except Refusal as error:
         if error.status in (404, 405):
             return None

@@ -10,6 +10,7 @@ import re
 import secrets
 import socket
 import threading
+import time
 
 from support import other_server
 from support.http import ServerError
@@ -17,7 +18,9 @@ from support.text import plain
 
 VERSION = re.compile(r"(?P<step>\S+) by (?P<name>.*) \[(?P<host>.*):(?P<port>\d+) (?P<token>\w+)\]")
 TOKENS = set()  # of this process, in which a new trainer may follow upon an old one
+LOOPBACK = "127.0.0.1"
 SECONDS = 5     # to wait for an owner's answer
+MOMENT = 0.3    # in which a trainer that came at the same instant has read and written, too
 
 
 class Lease:
@@ -25,7 +28,7 @@ class Lease:
 
     def __init__(self, server):
         self.server, self.config = server, server.config
-        self.listener = None
+        self.listener = None  # while we own the server
         self.token = secrets.token_hex(8)
         self.name = plain(f"run {self.config.run_name!r}, process {os.getpid()} on "
                           + socket.gethostname())
@@ -39,26 +42,37 @@ class Lease:
         """
         if self.listener:
             return
-        url = self.server.url
         if not self.server.ours and not other_server.compare(self.config):
             return
-        other = living_owner(self.served())
-        if other:
-            raise ValueError(f"the server at {url} is in use by {other}: wait for its end, or set "
-                             "another vllm_server_port")
-        self.listener = socket.create_server((self.server.own_address(), 0))
-        threading.Thread(target=answer, args=(self.listener, self.token), daemon=True).start()
+        listener = socket.create_server((self.server.own_address(), 0))
+        self.place = "{}:{}".format(*listener.getsockname()[:2])
         self.server.version = None  # whatever it was sent before, somebody else may have been there
-        self.ask("update_weight_version", {"new_version": self.version(None)})
+        self.refuse_other()
+        self.write(None)
+        time.sleep(MOMENT)
+        self.refuse_other()
+        self.listener = listener
+        os.register_at_fork(after_in_child=listener.close)  # a child may outlive us
+        threading.Thread(target=answer, args=(listener, self.token), daemon=True).start()
+
+    def refuse_other(self) -> None:
+        """ValueError if another trainer that lives owns the server."""
+        other = self.living_owner(self.served())
+        if other:
+            raise ValueError(f"the server at {self.server.url} is in use by {other}: wait for its "
+                             "end, start the server again, or set another vllm_server_port")
 
     def version(self, step: int | None) -> str:
-        """The weight_version of our weights after this step; None: nothing was sent yet."""
-        host, port = self.listener.getsockname()[:2]
-        return f"{step} by {self.name} [{host}:{port} {self.token}]"
+        """The weight_version of our weights after this step; None: they are not all there."""
+        return f"{step} by {self.name} [{self.place} {self.token}]"
+
+    def write(self, step: int | None) -> None:
+        """Let the server say that it has these weights."""
+        self.ask("update_weight_version", {"new_version": self.version(step)})
 
     def served(self) -> str:
         """The server's weight_version."""
-        return str(self.ask("weight_info", method="get")["weight_version"])
+        return str(self.ask("weight_info", method="get").get("weight_version"))
 
     def ask(self, route: str, body: dict | None = None, method: str = "post") -> dict:
         """What the server answers; ServerError if it does not, as when its engine has died."""
@@ -78,12 +92,30 @@ class Lease:
         served, step, url = self.served(), self.server.version, self.server.url
         if served == self.version(step):
             return
-        other = living_owner(served)
+        other = self.living_owner(served)
         if other:
             raise RuntimeError(f"{url} was taken by {other}: one trainer at a time can use a "
                                "server, set another vllm_server_port")
         raise ServerError(f"{url} has weights {plain(served)!r}, not those of step {step}, which "
                           "it was sent: it was started again, or taken by another trainer")
+
+    def living_owner(self, version: str) -> str | None:
+        """The name of the trainer of another process that sent these weights, if it may live."""
+        match = VERSION.fullmatch(version)
+        if match is None or match["token"] in TOKENS:
+            return None
+        name = plain(match["name"])
+        if match["host"] == LOOPBACK != self.server.own_address():
+            return name  # it is on the server's machine, and cannot be asked from here
+        try:
+            with socket.create_connection((match["host"], int(match["port"])), SECONDS) as asked:
+                asked.sendall(b"who is there?\r\n\r\n")
+                said = asked.recv(100).decode(errors="replace")
+        except (ConnectionError, OverflowError):
+            return None  # nobody is at that port
+        except OSError:
+            return name  # it is stopped, or busy, or its network is out of order
+        return name if said == match["token"] else None
 
     def release(self) -> None:
         """Own the server no longer."""
@@ -103,19 +135,3 @@ def answer(listener: socket.socket, token: str) -> None:
             return
         with connection, contextlib.suppress(OSError):
             connection.sendall(token.encode())
-
-
-def living_owner(version: str) -> str | None:
-    """The name of the trainer of another process that sent these weights, if it still lives."""
-    match = VERSION.fullmatch(version)
-    if match is None or match["token"] in TOKENS:
-        return None
-    try:
-        with socket.create_connection((match["host"], int(match["port"])), SECONDS) as connection:
-            connection.sendall(b"who is there?\r\n\r\n")
-            said = connection.recv(100).decode(errors="replace")
-    except TimeoutError:
-        return plain(match["name"])  # it lives, but is stopped, or busy
-    except (OSError, OverflowError):
-        return None
-    return plain(match["name"]) if said == match["token"] else None

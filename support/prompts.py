@@ -7,13 +7,13 @@ many as those of the row, and stand where they are meant to: a policy that is as
 and sees none trains as if all were well.
 """
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy
 
 SOURCES = ("image", "image_url", "url", "path")  # the keys under which a part holds its image
-COLUMNS = ("images", "image")                    # those of a row beside its prompt
 MARKER = "<image>"                               # in a text, where an image of the column belongs
 
 
@@ -24,6 +24,8 @@ def row_prompt(row: Mapping, reserved: Sequence[str] = ()) -> list[dict]:
     """
     if row.get("prompt") is None:
         raise ValueError("the row has no 'prompt'")
+    if column(row, "videos"):
+        raise ValueError("the row has a column `videos`, but videos are not shown to the model")
     return clean_prompt(row["prompt"], column_images(row), reserved)
 
 
@@ -43,6 +45,9 @@ def clean_prompt(prompt, images: Sequence = (), reserved: Sequence[str] = ()) ->
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"{place} has no role: {message!r:.200}")
         message = without_nones(message)
+        if column_images(message):
+            raise ValueError(f"{place} has images beside its content, where they are not shown: "
+                             'each needs a part {"type": "image", "image": ...}')
         content = clean_content(message.get("content"), filler, place)
         message = {**message, "content": content}
         check_reserved(message, reserved, place)
@@ -86,6 +91,8 @@ def clean_content(content, filler: Filler, place: str) -> str | list[dict]:
     parts = []
     for number, part in enumerate(as_list(content, f"{place}: content")):
         parts += clean_part(part, filler, f"{place}, part {number}")
+    if not parts:
+        raise ValueError(f"{place}: content is empty")
     return parts
 
 
@@ -105,14 +112,11 @@ def clean_part(part, filler: Filler, place: str) -> list[dict]:
         kind = "text"
     if kind not in ("text", "image", "image_url"):
         raise ValueError(f"{place} is of type {kind!r}, not text or image: {part!r:.200}")
-    if sources and part.get("text"):
-        raise ValueError(f"{place} holds both a text and an image: make two of it")
-    if sources and kind == "text":
-        raise ValueError(f"{place} is of type 'text', but holds an image")
+    if sources if kind == "text" else part.get("text"):
+        raise ValueError(f"{place} is of type {kind!r}, but a text and an image are two parts: "
+                         f"{part!r:.200}")
     if kind == "text":
         return text_parts(part.get("text"), filler, place)
-    if part.get("text"):
-        raise ValueError(f"{place} is of type {kind!r}, but holds a text")
     if not sources:
         return [filler.next_part(place)]
     filler.own += 1
@@ -132,33 +136,43 @@ def text_parts(text, filler: Filler, place: str) -> list[dict]:
 
 
 def is_source(value) -> bool:
-    """Whether there is an image; a schema may leave {"bytes": None, "path": None} of none."""
+    """Whether there is an image, and not only a place for one.
+
+    One schema for all rows leaves {"bytes": None, "path": None} there, pandas leaves NaN.
+    """
     if isinstance(value, Mapping):
         return any(inner is not None for inner in value.values())
     if isinstance(value, (str, bytes)):
         return len(value) > 0
+    if isinstance(value, float):
+        return not math.isnan(value)
     return value is not None
 
 
 def column_images(row: Mapping) -> list:
-    """What stands in the row's column of images; Nones fill up a table and are no images."""
-    for column in COLUMNS:
-        images = row.get(column)
-        if images is not None:
-            if isinstance(images, numpy.ndarray) and images.dtype != object and images.ndim < 4:
-                images = [images]  # one picture, not a list of them
-            if not isinstance(images, (list, tuple, numpy.ndarray)):
-                images = [images]
-            return [image for image in images if is_source(image)]
-    return []
+    """The images that stand in a column of the row, `images` or `image`."""
+    images, image = column(row, "images"), column(row, "image")
+    if images and image:
+        raise ValueError("the row has images in both of the columns `images` and `image`: keep one")
+    return images or image
+
+
+def column(row: Mapping, name: str) -> list:
+    """What stands in a column; Nones fill up a table and are left out."""
+    values = row.get(name)
+    if isinstance(values, numpy.ndarray) and values.dtype != object and values.ndim < 4:
+        values = [values]  # one picture, not a list of them
+    if not isinstance(values, (list, tuple, numpy.ndarray)):
+        values = [values]
+    return [value for value in values if is_source(value)]
 
 
 def check_reserved(message: dict, reserved: Sequence[str], place: str) -> None:
     texts = [str(value) for key, value in message.items() if key != "content"]
     if isinstance(message["content"], str):
         texts.append(message["content"])
-    else:
-        texts += [part["text"] for part in message["content"] if part["type"] == "text"]
+    else:  # templates join neighbouring texts
+        texts.append("".join(part.get("text", " ") for part in message["content"]))
     for string in reserved:
         if any(string in text for text in texts):
             raise ValueError(f"{place} quotes {string!r}, which the model reads as an image or "
@@ -170,7 +184,7 @@ def without_nones(table: Mapping) -> dict:
 
 
 def as_list(values, what: str) -> list:
-    if isinstance(values, (list, tuple, numpy.ndarray)):
+    if isinstance(values, (list, tuple)) or getattr(values, "ndim", 0) > 0:
         return list(values)
     raise ValueError(f"{what} is {values!r:.200}, not a list")
 
@@ -190,7 +204,7 @@ def reserved_strings(tokenizer, token_ids: Sequence[int] = (), processor=None) -
 
 
 def processor_options(server_args: Mapping) -> dict:
-    """The server's mm_processor_kwargs, pixel limits for example: the trainer's processor's, too."""
+    """The server's mm_processor_kwargs, pixel limits for example, which the trainer's gets, too."""
     return as_table(server_args, "mm_processor_kwargs")
 
 
@@ -203,9 +217,12 @@ def template_options(server_args: Mapping) -> dict:
 def as_table(server_args: Mapping, name: str) -> dict:
     """A flag's table; flag and table may be written as on vLLM's command line, as JSON."""
     table = server_args.get(name, server_args.get(name.replace("_", "-")))
-    if isinstance(table, str):
-        table = json.loads(table)
-    return dict(table or {})
+    try:
+        if isinstance(table, str):
+            table = json.loads(table)
+        return dict(table or {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a table, or one in JSON, not {table!r:.200}") from error
 
 
 def server_template(server_args: Mapping) -> str | None:

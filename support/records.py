@@ -1,18 +1,18 @@
 """What a run writes beside its checkpoints: metrics.jsonl, sampled rollouts, batches that failed."""
 import collections
+import contextlib
 import json
 import math
-import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from support.check import CAUSES
+from support.checkpoint import own_checkpoints, set_aside
 
 GROUPS = 2  # whose completions are written of a step
-# What a run leaves in its folder. Where one of these is, the folder is that of an earlier run.
-TRACES = ("metrics.jsonl", "rollouts", "bad-batch-*.pt", "checkpoint-[0-9]*")
+TRACES = ("metrics.jsonl", "rollouts", "bad-batch-*.pt")  # of a run, beside its checkpoints
 
 
 class Records:
@@ -23,6 +23,7 @@ class Records:
 
     def __init__(self, config):
         self.config, self.folder, self.wandb = config, config.run_dir, None
+        self.unwritten = ""  # lines of metrics.jsonl
         if config.wandb_project:
             import wandb
             self.wandb = wandb.init(project=config.wandb_project, name=config.run_name,
@@ -31,18 +32,25 @@ class Records:
     def open(self, past_metrics: str | None) -> None:
         """Set the metrics back to those of the checkpoint.
 
-        None if the run begins anew: then the folder of an earlier run is renamed.
+        None if the run begins anew: then what an earlier run left here is moved away.
         """
-        if past_metrics is None and any(any(self.folder.glob(name)) for name in TRACES):
-            self.folder.rename(f"{self.folder}-past-{time.time_ns()}")
+        if past_metrics is None:
+            traces = [path for name in TRACES for path in self.folder.glob(name)]
+            set_aside([*traces, *own_checkpoints(self.folder).values()], self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "metrics.jsonl").write_text(past_metrics or "")
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Add a line to metrics.jsonl; metrics["step"] says of which step."""
-        self.folder.mkdir(parents=True, exist_ok=True)  # it is the user's to move away
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(to_json(metrics) + "\n")
+        """Add a line to metrics.jsonl; metrics["step"] says of which step.
+
+        What a full disk does not take is written with the next line.
+        """
+        self.unwritten += to_json(metrics) + "\n"
+        with said_if_not_written("metrics wait, for they"):
+            self.folder.mkdir(parents=True, exist_ok=True)  # it is the user's to move away
+            with open(self.folder / "metrics.jsonl", "ab", buffering=0) as file:
+                written = file.write(self.unwritten.encode())  # perhaps a part, which then counts
+            self.unwritten = self.unwritten[written:]
         if self.wandb:
             self.wandb.log(metrics, step=metrics["step"])
 
@@ -55,7 +63,8 @@ class Records:
         if not metrics["kl"] <= self.config.kl_warning:  # NaN is not
             tqdm.write(f"step {step}: mismatch KL {metrics['kl']:.2g}, usually from {CAUSES}")
         if step % self.config.log_every_steps == 0:
-            self.write_rollouts(step, outputs, tokenizer)
+            with said_if_not_written(f"rollouts of step {step}"):
+                self.write_rollouts(step, outputs, tokenizer)
 
     def write_rollouts(self, step: int, outputs, tokenizer) -> None:
         """Whole groups, spread over the step: each turn with its images, and what it was worth."""
@@ -79,8 +88,9 @@ class Records:
     def write_bad_batch(self, step: int, batch) -> Path:
         """A batch without finite loss or gradient, for torch.load(weights_only=True)."""
         path = self.folder / f"bad-batch-{step}.pt"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        torch.save(vars(batch), path)
+        with said_if_not_written(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.save(vars(batch), path)
         return path
 
 
@@ -103,6 +113,15 @@ def write_images(folder: Path, name: str, images: list) -> list[str]:
         names.append(f"{name}-image-{number}.png")
         image.save(folder / names[-1])
     return names
+
+
+@contextlib.contextmanager
+def said_if_not_written(what):
+    """A run does not end for the sake of files that it does not need."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's is a RuntimeError
+        tqdm.write(f"{what} could not be written: {error}")
 
 
 def to_json(value) -> str:

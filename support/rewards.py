@@ -1,12 +1,36 @@
-"""What a reward function gave -> a number; and a limit of time for what users wrote."""
+"""Reward functions, as users write them: what they are given, and the numbers that they give."""
 import asyncio
+import contextlib
 import inspect
 import math
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-LOCK, LOOPS = threading.Lock(), []
+LOCK, LOOPS = threading.Lock(), []  # the event loops of async rewards; the last one is in use
+PATIENCE = 30  # seconds until a loop that an async reward holds up is given up
+
+
+def scores(environment, completion: str | list[dict], answer, info: dict) -> tuple[float, dict[str, float]]:
+    """The weighted sum of the rewards of a completion, and each of them by its name.
+
+    Each function is given copies of answer and info: what it does to them reaches no other.
+    """
+    weights = environment.weights or [1.0] * len(environment.rewards)
+    found, total = {}, 0.0
+    for reward, weight in zip(environment.rewards, weights, strict=True):
+        score = number(reward(completion, copied(answer), **copied(info)))
+        found[reward.__name__] = score
+        total += weight * score
+    return number(total), found
+
+
+def copied(value):
+    """A copy of dicts and lists, however nested; all else is the same object."""
+    if type(value) is dict:
+        return {key: copied(entry) for key, entry in value.items()}
+    if type(value) is list:
+        return [copied(entry) for entry in value]
+    return value
 
 
 def number(value) -> float:
@@ -20,55 +44,37 @@ def number(value) -> float:
         value = asyncio.run_coroutine_threadsafe(wait_for(value), event_loop()).result()
     if isinstance(value, Mapping):
         value = value["reward"]
+    if hasattr(value, "item"):  # an array or tensor of one number
+        value = value.item()
     if not math.isfinite(value):
         raise ValueError(f"a reward must be a finite number, not {value!r}")
     return float(value)
 
 
 async def wait_for(awaitable):
-    try:
-        return await awaitable
-    except (SystemExit, KeyboardInterrupt) as error:  # which would end the loop, and all rewards
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    return await awaitable
 
 
 def event_loop() -> asyncio.AbstractEventLoop:
-    """One for all async rewards: their clients, once made, belong to it."""
+    """One for all async rewards: their clients, once made, belong to it.
+
+    It is another one if an async reward holds it up, by time.sleep for example.
+    """
     with LOCK:
-        if not LOOPS:
+        if not LOOPS or not answers(LOOPS[-1]):
             LOOPS.append(asyncio.new_event_loop())
-            threading.Thread(target=LOOPS[0].run_forever, daemon=True).start()
-        return LOOPS[0]
+            threading.Thread(target=run, args=(LOOPS[-1],), daemon=True).start()
+        return LOOPS[-1]
 
 
-class Task:
-    """action() in a thread of its own: one that never returns takes no thread of a pool with it."""
+def answers(loop: asyncio.AbstractEventLoop) -> bool:
+    called = threading.Event()
+    loop.call_soon_threadsafe(called.set)
+    return called.wait(PATIENCE)
 
-    def __init__(self, action: Callable):
-        self.since, self.value, self.error = time.monotonic(), None, None
-        self.thread = threading.Thread(target=self.run, args=(action,), daemon=True)
-        self.thread.start()
 
-    def run(self, action: Callable) -> None:
-        try:
-            self.value = action()
-        except Exception as error:
-            self.error = error
-        except BaseException as error:  # SystemExit in here ends this thread, not who waits for it
-            self.error = RuntimeError(f"{type(error).__name__}: {error}")
-
-    def result(self, seconds: float, what: str, clock=None):
-        """Its value or exception; TimeoutError if there is none so many seconds after clock.since.
-
-        The clock is the task itself, which counts from its start, or an object that sets `since`
-        anew with each sign of life.
-        """
-        clock = clock or self
-        while self.thread.is_alive():
-            left = clock.since + seconds - time.monotonic()
-            if left <= 0:
-                raise TimeoutError(f"no {what} in {seconds:g} s (see generation_timeout)")
-            self.thread.join(min(left, 1))
-        if self.error is not None:
-            raise self.error
-        return self.value
+def run(loop: asyncio.AbstractEventLoop) -> None:
+    """For ever: SystemExit, which ends a loop, ends the one reward that raised it."""
+    while True:
+        with contextlib.suppress(BaseException):
+            loop.run_forever()

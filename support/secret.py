@@ -10,6 +10,7 @@ the file that `secret_file` names, which its owner alone can read.
 import contextlib
 import hmac
 import os
+import re
 import secrets
 import socket
 from pathlib import Path
@@ -35,9 +36,17 @@ def secret_file(url: str) -> Path:
     return Path(os.path.expanduser("~"), ".cache", "vlm-servers", f"{address(url)}.secret")
 
 
+def variable(name: str) -> str:
+    """The value of an environment variable, or ""; ValueError if no header can carry it."""
+    value = os.environ.get(name, "").strip()
+    if not re.fullmatch("[!-~]*", value):
+        raise ValueError(f"{name} must be of printable ASCII characters, without spaces")
+    return value
+
+
 def make(url: str) -> str:
     """A new secret for the server that is about to start, or that of the environment; kept."""
-    secret = os.environ.get(VARIABLE) or secrets.token_urlsafe(32)
+    secret = variable(VARIABLE) or secrets.token_urlsafe(32)
     MADE[address(url)] = secret
     with contextlib.suppress(OSError):  # no home: this process alone will know it
         path = secret_file(url)
@@ -60,24 +69,22 @@ def forget(url: str) -> None:
 
 def known(url: str) -> str | None:
     """The secret of the server at this URL, read anew: the server may have been started again."""
-    if os.environ.get(VARIABLE):
-        return os.environ[VARIABLE]
-    if address(url) in MADE:
-        return MADE[address(url)]
-    try:
+    secret = variable(VARIABLE) or MADE.get(address(url))
+    if secret:
+        return secret
+    with contextlib.suppress(OSError):
         return secret_file(url).read_text().strip()
-    except OSError:
-        return None
+    return None
 
 
 def headers(url: str) -> dict[str, str]:
     """What a request to the server at this URL must carry: its secret, and vLLM's own API key."""
     found = {}
-    secret = known(url)
+    secret, key = known(url), variable("VLLM_API_KEY")
     if secret:
         found[HEADER] = secret
-    if os.environ.get("VLLM_API_KEY"):
-        found["Authorization"] = f"Bearer {os.environ['VLLM_API_KEY']}"
+    if key:
+        found["Authorization"] = f"Bearer {key}"
     return found
 
 
@@ -86,7 +93,7 @@ class AskSecret:
 
     def __init__(self, app):
         self.app = app
-        self.secret = os.environ.get(VARIABLE, "").encode()
+        self.secret = variable(VARIABLE).encode()
         if not self.secret:
             raise ValueError(f"{VARIABLE} is not set: there is no secret to ask for")
 

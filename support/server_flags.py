@@ -4,10 +4,12 @@
 "@ config.toml" the same flags go over those of the file.
 """
 import json
+import math
 import sys
+from pathlib import Path
 
-from support.config import (MultimodalRLConfig, add_keys, command_line, exit_by_signal, on_stop,
-                            parse_override)
+from support.config import (MultimodalRLConfig, add_keys, check_model_path, command_line,
+                            exit_by_signal, on_stop, parse_override)
 
 KEYS = {"model": "model", "port": "vllm_server_port"}  # all others are inference.args
 SHORT = {"tp": "tensor_parallel_size", "dp": "data_parallel_size", "pp": "pipeline_parallel_size"}
@@ -29,10 +31,11 @@ def server_config() -> MultimodalRLConfig:
         add_keys(values, parse_override(override))
     if "model" not in values:
         raise ValueError("usage: python sync.py @ config.toml, or --model MODEL [--port 8000 ...]")
+    check_model_path(values["model"], [Path()])
     if "inference_gpus" not in values:
-        sizes = values.get("inference_args", {})
-        parallel = [sizes.get(name, 1) for name in SHORT.values()]
-        values["inference_gpus"] = parallel[0] * parallel[1] * parallel[2]
+        flags = values.get("inference_args", {})
+        sizes = [flags.get(name, 1) for name in SHORT.values()]
+        values["inference_gpus"] = math.prod(size for size in sizes if isinstance(size, int))
     return MultimodalRLConfig(**values, max_tokens=1)  # the trainer's business
 
 

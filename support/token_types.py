@@ -8,7 +8,7 @@ from batch import MultimodalBatch
 
 
 def with_token_types(batch: MultimodalBatch, model) -> MultimodalBatch:
-    """The batch with mm_token_type_ids (B, L), if the model needs them and an adapter left them out.
+    """The batch with mm_token_type_ids (B, L), if the model needs them and the adapter gave none.
 
     They are 1 for the tokens of images, 2 for those of videos and 0 for text, by the token ids that
     the model's config names. Without them a model with M-RoPE cannot tell where its images stand.

@@ -57,11 +57,31 @@ def open_file(image, folder):
     return open(folder / "a.png", "rb")
 
 
+def drafted(image, folder):
+    """A JPEG that the user has asked for at a quarter of its size, and in grey."""
+    image.save(folder / "a.jpg")
+    opened = Image.open(folder / "a.jpg")
+    opened.draft("L", (image.width // 4, image.height // 4))
+    return opened
+
+
+def second_frame(image, _):
+    frames = png(image, "MPO", save_all=True, append_images=[noise(400, 300, 1)])
+    opened = Image.open(io.BytesIO(frames))
+    opened.seek(1)
+    return opened
+
+
 SHARED = {
     "opened from a path": lazy_from_path,
     "opened from bytes": lambda image, _: Image.open(io.BytesIO(png(image))),
     "opened from an archive": lazy_from_zip,
     "lossless webp": lambda image, _: Image.open(io.BytesIO(png(image, "WEBP", lossless=True))),
+    "a compressed tiff": lambda image, _: Image.open(
+        io.BytesIO(png(image, "TIFF", compression="tiff_lzw"))),
+    "a palette": lambda image, _: Image.open(io.BytesIO(png(image.convert("P"), "GIF"))),
+    "drafted": drafted,
+    "second frame": second_frame,
     "an open file": open_file,
     "a buffer": lambda image, _: io.BytesIO(png(image)),
     "decoded": lambda image, _: image.copy(),
@@ -71,10 +91,11 @@ SHARED = {
 @pytest.mark.parametrize("kind", SHARED)
 def test_rows_that_share_an_image_all_see_its_pixels_and_leave_it_alone(tmp_path, kind):
     picture = noise(400, 300)
-    wanted = picture.tobytes()
     for _ in range(5):
-        shared = SHARED[kind](picture, tmp_path)
-        lazy = isinstance(shared, Image.Image) and shared._im is None
+        shared, other = SHARED[kind](picture, tmp_path), SHARED[kind](picture, tmp_path)
+        is_image = isinstance(shared, Image.Image)
+        wanted = (other if is_image else picture).convert("RGB").tobytes()
+        lazy = is_image and shared._im is None
         seen, start = [], threading.Barrier(16)
 
         def look():
@@ -89,7 +110,7 @@ def test_rows_that_share_an_image_all_see_its_pixels_and_leave_it_alone(tmp_path
         assert seen == [wanted] * 16
         if lazy:
             assert shared._im is None and shared.fp is not None  # still as it was opened
-        if isinstance(shared, Image.Image):
+        if is_image:
             assert shared.convert("RGB").tobytes() == wanted
         else:
             assert shared.tell() == 0 and shared.read() == png(picture)
@@ -154,6 +175,9 @@ def test_a_conversation_in_any_form_shows_its_image_and_its_text(name):
     ("<image>What?", {"image": numpy.asarray(RED)}, ["IMAGE", "What?"]),
     (user({"type": "image", "image": RED}, TEXT), {"images": [RED]}, ["IMAGE", "What?"]),
     ("What?", {"images": []}, ["What?"]),
+    ("What?", {"images": math.nan, "image": None}, ["What?"]),  # of a pandas table
+    ([{"role": "system", "content": "<image>A"}, *user({"type": "image", "image": BLUE})],
+     {"images": [], "image": STRUCT}, ["IMAGE", "A", "IMAGE"]),
 ])
 def test_the_images_of_a_column_stand_where_the_prompt_says(prompt, column, parts):
     found = shown({"prompt": prompt, **column})
@@ -162,6 +186,23 @@ def test_the_images_of_a_column_stand_where_the_prompt_says(prompt, column, part
 
 
 BAD = {
+    "images in both columns": ({"prompt": "<image>?", "images": [RED], "image": BLUE}, "in both"),
+    "images in the column behind an empty one": (
+        {"prompt": "What?", "images": [], "image": RED}, "1 images in a column, .* shows 0"),
+    "images beside the content": (
+        {"prompt": [{"role": "user", "content": "What?", "images": ["a.png"]}]},
+        "message 0 has images beside its content"),
+    "a column of videos": ({"prompt": "<video>What?", "videos": ["a.mp4"]}, "column `videos`"),
+    "no parts": ({"prompt": user()}, "message 0: content is empty"),
+    "an array of no dimension": ({"prompt": numpy.array("What?")}, "not a list"),
+    "a list in the list": ({"prompt": [user(TEXT)]}, "message 0 has no role"),
+    "a list as a part": ({"prompt": user([TEXT])}, "part 0 is a list"),
+    "another case": ({"prompt": user({"type": "TEXT", "text": "x"})}, "part 0 is of type 'TEXT'"),
+    "two images in a part": ({"prompt": user({"type": "image", "image": [RED, BLUE]})},
+                             "a list is no image"),
+    "channels first": (
+        {"prompt": user({"type": "image", "image": numpy.zeros((3, 30, 40), numpy.uint8)})},
+        "cannot read image"),
     "a column that is not shown": ({"prompt": "What?", "images": [RED]}, "but its prompt shows 0"),
     "one image too many": ({"prompt": "<image>?", "images": [RED, BLUE]}, "2 images .* shows 1"),
     "one image too few": ({"prompt": "<image><image>?", "images": [RED]}, "image number 2"),
@@ -174,7 +215,10 @@ BAD = {
     "no role": ({"prompt": [{"content": "hi"}]}, "message 0 has no role"),
     "a video": ({"prompt": user({"type": "video", "video": "a.mp4"})}, "of type 'video'"),
     "nothing known": ({"prompt": user({"picture": RED})}, "of type None"),
-    "an image in a text part": ({"prompt": user({**TEXT, "image": RED})}, "part 0 holds both"),
+    "an image in a text part": ({"prompt": user({**TEXT, "image": RED})},
+                                "part 0 is of type 'text', but a text and an image are two"),
+    "a text in an image part": ({"prompt": user({"type": "image", "image": RED, "text": "x"})},
+                                "part 0 is of type 'image', but a text and an image are two"),
     "a picture as a part": ({"prompt": user(RED, TEXT)}, "part 0 is a Image"),
     "no prompt": ({"answer": "x"}, "no 'prompt'"),
     "an empty prompt": ({"prompt": []}, "prompt is empty"),
@@ -201,6 +245,30 @@ def test_a_quoted_placeholder_is_refused_where_the_prompt_is_made(text, images):
         adapter.encode(user(*content, {"type": "text", "text": text}), images)
     with pytest.raises(ValueError, match="message 0 quotes"):
         clean_prompt([{"role": "user", "content": "x", "name": text}], reserved=[text])
+
+
+def test_a_placeholder_of_two_texts_is_refused_as_one():
+    parts = [{"type": "text", "text": "<|image"}, {"type": "text", "text": "_pad|>"}]
+    with pytest.raises(ValueError, match="message 0 quotes '<.image_pad.>'"):
+        clean_prompt(user(*parts), reserved=["<|image_pad|>"])
+    between = user(parts[0], {"type": "image", "image": RED}, parts[1])
+    assert clean_prompt(between, reserved=["<|image_pad|>"]) == between
+
+
+FIRST = "{{ messages[0]['role'] }}{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize("template, options, message, images", [
+    (FIRST + "{{ note }}", {"note": "<|image_pad|>"}, {"role": "user", "content": "x"}, []),
+    (FIRST, {}, {"role": "<|image", "content": "_pad|>"}, []),
+    ("blind", {}, user({"type": "image", "image": RED}, TEXT)[0], [RED]),
+    ("<|image_pad|>" * 2, {}, user({"type": "image", "image": RED}, TEXT)[0], [RED]),
+])
+def test_a_template_has_one_place_for_each_image(template, options, message, images):
+    trainer = make_trainer(inference_args={"chat_template": "{# {} #}" + template,
+                                           "chat_template_kwargs": options})
+    with pytest.raises(ValueError, match=f"writes .* into a prompt of {len(images)} images"):
+        trainer.adapter.encode([message], images)
 
 
 def test_the_rows_of_the_user_stay_as_they_are():
@@ -297,9 +365,24 @@ def test_template_options_reach_request_and_processor(monkeypatch, flags, wanted
     encoded = trainer.adapter.encode([{"role": "user", "content": "hi"}], [])
     assert trainer.tokenizer.decode(encoded["input_ids"][0]) == wanted
     monkeypatch.setattr(Generator, "call", lambda *_, **__: {"data": [{"id": "m"}]})
-    asked = Generator(None, trainer.config).sampling["chat_template_kwargs"]
+    asked = Generator(None, trainer.config).chat["chat_template_kwargs"]
     assert asked == ({"enable_thinking": False} if flags else {})
     assert "--chat-template-kwargs" not in server_command(trainer.config)
+
+
+def test_a_table_of_options_that_is_none_is_refused_by_name():
+    for value in ("{bad", [1]):
+        with pytest.raises(ValueError, match="mm_processor_kwargs must be a table"):
+            make_trainer(inference_args={"mm_processor_kwargs": value}).adapter.encode(
+                [{"role": "user", "content": "hi"}], [])
+
+
+def test_a_processor_with_several_templates_uses_its_default():
+    adapter = make_trainer().adapter
+    prompt, images = user({"type": "image", "image": RED}, TEXT), [RED]
+    wanted = adapter.encode(prompt, images)["input_ids"]
+    adapter.processor.chat_template = {"default": adapter.processor.chat_template, "tools": "x"}
+    assert torch.equal(adapter.encode(prompt, images)["input_ids"], wanted)
 
 
 def test_a_template_that_stands_only_in_tokenizer_config_is_found(tmp_path):
@@ -374,9 +457,18 @@ def test_a_type_that_says_the_same_is_taken(name, given, wanted):
     ({"pixel_values": torch.ones(2, 3).byte()}, "pixel_values of torch.uint8 must be pixels"),
     ({"pixel_values": [torch.ones(3)] * 2}, "pixel_values must be a tensor, not list"),
     ({"extra_model_kwargs": {"image_sizes": [[1, 2]]}}, "image_sizes must be a tensor"),
-    ({"extra_model_kwargs": {"mm_token_type_ids": torch.zeros(2, 3)}}, "mm_token_type_ids is .2, 3"),
+    ({"extra_model_kwargs": {"mm_token_type_ids": torch.zeros(2, 3)}}, "token_type_ids is .2, 3"),
     ({"pixel_values": torch.zeros(2, 3), "image_rows": {"pixel_valus": [1, 1]}}, "'pixel_valus'"),
     ({"pixel_values": torch.zeros(2, 3), "image_rows": {"pixel_values": [3, -1]}}, "a number for"),
+    # A number for each row instead of each prompt would give prompt 1 the image of row 1.
+    ({"pixel_values": torch.zeros(2, 3), "prompt_index": torch.tensor([0, 0]),
+      "image_rows": {"pixel_values": (1, 1)}}, "a number for each prompt .1. and reply"),
+    ({"pixel_values": torch.zeros(2, 3), "prompt_index": torch.tensor([0, 2]),
+      "image_rows": {"pixel_values": torch.tensor([1, 1])}}, "a number for each prompt .3. and reply"),
+    ({"pixel_values": torch.zeros(2, 3), "prompt_index": torch.tensor([1, 0])}, "_values'. is mis"),
+    ({"extra_model_kwargs": {"attention_mask": MASK}}, "'attention_mask'. are fields"),
+    ({"pixel_values": torch.zeros(2, 3), "extra_model_kwargs": {"pixel_values": torch.ones(2, 3)}},
+     "'pixel_values'. are fields"),
     ({"prompt_index": torch.tensor([0, 0]), "extra_model_kwargs": {
         "mm_token_type_ids": torch.tensor([[0, 1, 0, 0], [0, 0, 0, 0]])}},
      "rows 0 and 1 are of prompt 0, but their mm_token_type_ids"),
@@ -397,6 +489,37 @@ def test_a_grid_as_wide_as_the_rows_is_no_token_tensor():
         ids, ids.sign(), mask, -mask.float(), torch.zeros(2), torch.zeros(32, 3),
         {"image_grid_thw": GRIDS}, image_rows={"pixel_values": [8, 24], "image_grid_thw": [1, 1]})
     assert batch.select([1]).extra_model_kwargs["image_grid_thw"].tolist() == [[1, 4, 6]]
+
+
+@pytest.mark.parametrize("counts", [(1, 1), numpy.array([1, 1]), torch.tensor([1, 1])])
+def test_counts_of_images_may_be_of_any_type(counts):
+    batch = MultimodalBatch(**tensors(), pixel_values=torch.zeros(2, 3),
+                            image_rows={"pixel_values": counts})
+    assert batch.image_rows == {"pixel_values": [1, 1]}
+
+
+def test_a_gradient_does_not_flow_through_what_was_recorded():
+    """Ratios against logprobs that follow the policy are always 1, and their gradient is 0."""
+    trainer = make_trainer()
+    outputs = canned(trainer, [([noise(56, 56)], [2, 5])])
+    wanted = gradients(trainer, outputs)
+    batch = trainer.adapter.build_batch(outputs)
+    recorded = batch.behavior_logprobs.clone().requires_grad_()
+    batch = dataclasses.replace(batch, behavior_logprobs=recorded)
+    assert not batch.behavior_logprobs.requires_grad
+    trainer.adapter.build_batch = lambda outputs: batch
+    assert relative_difference(wanted, gradients(trainer, outputs)) == 0
+
+
+def test_a_fork_without_a_beginning_or_a_row_is_refused():
+    one_prompt = MultimodalBatch(**tensors(prompt_index=torch.tensor([0, 0]),
+                                           loss_mask=torch.tensor([[0, 0, 0, 0], [0, 0, 1, 0]])))
+    with pytest.raises(ValueError, match="loss_mask: a row without a token in the loss"):
+        one_prompt.fork()
+    gap = MultimodalBatch(**tensors(prompt_index=torch.tensor([0, 2])))
+    with pytest.raises(ValueError, match="prompt_index: a prompt has no row"):
+        gap.fork()
+    assert gap.select([0, 1]).fork().prompts["input_ids"].tolist() == [[5, 6], [5, 6]]
 
 
 class GridAlone(MultimodalAdapter):
@@ -446,6 +569,11 @@ def test_a_bf16_checkpoint_is_trained_in_fp32():
         moved = [(a != b).float().mean() for a, b in zip(before, model.parameters())]
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert torch.stack(moved).median() > 0.9
+    tiny = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.bfloat16)
+    for model, options in ((tiny, {"lora_rank": 2, "freeze_vision": True}),
+                           (trained.model.to(torch.float8_e4m3fn), {})):
+        weights = Policy(model, MultimodalRLConfig(**options)).parameters()
+        assert {p.dtype for p in weights} == {torch.float32}
     double = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float64)
     assert Policy(double, MultimodalRLConfig()).model.dtype == torch.float64
 
@@ -557,7 +685,11 @@ def web():
     "http://127.0.0.1:{port}/a.png", "/a.png", "http://localhost:{port}/a.png",
     "http://[::1]:{port}/a.png", "http://[::ffff:127.0.0.1]:{port}/a.png",
     "http://0x7f.1:{port}/a.png", "http://0.0.0.0:{port}/a.png", "http://169.254.169.254/latest",
-    "http://10.0.0.1/a.png", "http://100.64.0.1/a.png", "file:///etc/passwd"])
+    "http://2130706433:{port}/a.png", "http://0177.0.0.1:{port}/a.png",
+    "http://127.0.0.1:{port}\\@1.1.1.1/a.png",  # the host is what stands before the backslash
+    "http://[64:ff9b::7f00:1]/a.png", "http://[2002:7f00:1::]/a.png", "http://[::127.0.0.1]/a.png",
+    "http://[fec0::1]/a.png", "http://me:secret@127.0.0.1:{port}/a.png", "http://10.0.0.1/a.png",
+    "http://100.64.0.1/a.png", "file:///etc/passwd"])
 def test_a_redirect_into_this_machine_or_its_network_is_refused(web, target):
     web.targets = [target.format(port=web.server_port)]
     with pytest.raises(ValueError, match="cannot read image.*is not a public address"):
@@ -592,7 +724,10 @@ def test_credentials_of_the_user_are_not_sent_to_hosts_of_a_data_set(web, monkey
 def test_a_path_that_is_no_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     os.symlink(tmp_path / "pipe", tmp_path / "link")
+    (tmp_path / "sparse").touch()
+    os.truncate(tmp_path / "sparse", 2**40)
     for path in (tmp_path / "pipe", str(tmp_path / "link"), "/dev/zero", tmp_path,
+                 "/proc/self/status", tmp_path / "sparse", open("/proc/self/status", "rb"),
                  {"path": str(tmp_path / "pipe")}):
         with pytest.raises(ValueError, match="no regular file"):
             load_image(path)
@@ -612,6 +747,12 @@ except ValueError as error:
     print(error, file=sys.stderr)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
+
+
+@pytest.mark.parametrize("kind", ["ICO", "EPS"])
+def test_a_format_whose_size_is_not_known_before_or_that_runs_a_program_is_refused(kind):
+    with pytest.raises(ValueError, match="cannot identify image file"):
+        load_image(png(noise(64, 64), kind))
 
 
 def test_a_small_file_of_89_megapixels_costs_no_memory():

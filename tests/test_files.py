@@ -1,6 +1,9 @@
 """Files, folders, signals and GPUs as users have them. No test here needs a server."""
 import contextlib
 import dataclasses
+import doctest
+import errno
+import fcntl
 import json
 import math
 import os
@@ -11,10 +14,12 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -23,10 +28,12 @@ import train
 from adapter import MultimodalAdapter
 from conftest import ROOT, TINY, canned, make_trainer, noise
 from processes import kill
+from support import config as config_module
 from support import vllm_process
 from support.checkpoint import checksums, is_whole
 from support.config import MultimodalRLConfig, load_config
 from support.loading import load_model, trainer_gpu
+from support.lock import owned, take
 from sync import Server
 
 
@@ -111,6 +118,45 @@ def test_a_checkpoint_that_does_not_know_its_config_is_resumed(tmp_path):
     assert trainer.step == 3 and trainer.optimizer.param_groups[0]["weight_decay"] == 0.2
 
 
+def test_a_key_that_is_younger_than_the_checkpoint_had_its_default(tmp_path, capsys):
+    at_step(new_run(tmp_path, temperature=0.5), 1)
+    path = tmp_path / "run" / "checkpoint-1"
+    state = torch.load(path / "trainer.pt", weights_only=True)
+    config = json.loads(state["config"])
+    del config["kl_warning"], config["max_steps"]
+    torch.save(state | {"config": json.dumps(config | {"long_gone": 1})}, path / "trainer.pt")
+    (path / "checksums.json").write_text(json.dumps(checksums(path)))
+    capsys.readouterr()
+    make_trainer(output_dir=str(tmp_path), resume=True, temperature=0.5, kl_warning=0.2)
+    said = capsys.readouterr().out
+    assert "other values than it had until then: kl_warning: 0.05 -> 0.2\n" in said
+
+
+def test_a_checkpoint_of_more_gpus_is_resumed_on_fewer(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.zeros(16).byte()] * 4)
+    at_step(new_run(tmp_path), 1)
+    restored = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.extend)
+    assert make_trainer(output_dir=str(tmp_path), resume=True).step == 1 and len(restored) == 2
+
+
+def test_a_secret_stands_in_no_checkpoint_and_in_no_line(tmp_path, capfd):
+    options = {"inference_args": {"api_key": "sk-secret-1", "dtype": "float32"},
+               "env_args": {"judge_api_key": "sk-secret-2", "n": 1}}
+    trainer = without_server(make_trainer(output_dir=str(tmp_path), max_steps=1, **options))
+    trainer.train()
+    make_trainer(output_dir=str(tmp_path), resume=True, inference_args={"api_key": "sk-secret-3"})
+    said = "".join(capfd.readouterr())
+    assert 'env_args: {"n": 1} -> {}' in said and "sk-secret" not in said
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or b"sk-secret" not in path.read_bytes(), path
+    (tmp_path / "c.toml").write_text(HEAD + '[inference.args]\napi_key: "sk-secret-4"')
+    with pytest.raises(ValueError) as error:
+        load_config(str(tmp_path / "c.toml"))
+    assert "at line 5" in str(error.value) and "sk-secret" not in str(error.value)
+
+
 # ---- saving
 
 def with_generation_config(tmp_path: Path, values: dict) -> str:
@@ -172,6 +218,49 @@ def test_a_save_on_a_full_disk_loses_nothing_and_is_tried_again(tmp_path):
     trainer.save()
     assert trainer.saved_step == 2 and saved(folder) == {"checkpoint-2"}
     assert is_whole(folder / "checkpoint-2")
+
+
+def test_metrics_that_a_full_disk_does_not_take_are_written_when_it_does(tmp_path, capsys):
+    trainer = without_server(make_trainer(output_dir=str(tmp_path), max_steps=4,
+                                          log_every_steps=1))
+    path, log = tmp_path / "run" / "metrics.jsonl", trainer.log
+
+    def log_on_a_full_disk(*arguments):
+        if trainer.step not in (2, 3):
+            return log(*arguments)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 9, hard))
+        try:
+            log(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    trainer.log = log_on_a_full_disk
+    trainer.train()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+    assert "rollouts of step 3 could not be written" in capsys.readouterr().out
+    assert saved(tmp_path / "run") == {"checkpoint-4"}
+
+
+def test_a_disk_that_is_full_in_the_middle_of_the_trainers_state_is_named(tmp_path):
+    trainer = new_run(tmp_path)
+    trainer.step, large, write = 1, torch.zeros(300_000), torch.save
+    with pytest.MonkeyPatch.context() as patch, full_disk():
+        patch.setattr(trainer.policy.model, "save_pretrained", lambda *_, **__: None)
+        patch.setattr(torch, "save", lambda state, path: write([state, large], path))
+        with pytest.raises(OSError, match="trainer.pt was cut: is the disk full"):
+            trainer.save()
+    assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "metrics.jsonl"]
+
+
+def test_a_save_that_a_second_sigterm_interrupts_leaves_nothing_half_done(tmp_path, monkeypatch):
+    trainer = at_step(new_run(tmp_path), 1)
+    trainer.step = 2
+    monkeypatch.setattr(trainer.adapter.processor, "save_pretrained", lambda *_: sys.exit(143))
+    with pytest.raises(SystemExit):
+        trainer.save()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"metrics.jsonl", "checkpoint-1"}
+    assert is_whole(tmp_path / "run" / "checkpoint-1")
 
 
 def failing(trainer, at_saves: set[int]):
@@ -341,7 +430,7 @@ def test_without_metrics_a_checkpoint_is_resumed_and_an_earlier_run_set_aside(tm
 # ---- the run folder
 
 @pytest.mark.parametrize("name", ["", " ", ".", "./", "..", "../other", "/tmp/run", "a/../..",
-                                  "a/..", "run\n", "a/../b"])
+                                  "a/..", "run\n", "a/../b", "x" * 201, "a/" + "ä" * 101])
 def test_a_run_name_that_is_no_folder_in_output_dir_is_refused(name):
     with pytest.raises(ValueError, match="run_name must name a folder in output_dir"):
         MultimodalRLConfig(run_name=name)
@@ -451,6 +540,72 @@ def test_two_runs_after_each_other_in_one_process_are_two_owners(tmp_path):
     assert len(list(tmp_path.glob("run-past-*"))) == 1
 
 
+def test_a_run_folder_is_the_same_by_a_link_or_a_relative_path(tmp_path, monkeypatch):
+    (tmp_path / "alias").symlink_to(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "linked").symlink_to("run")
+    monkeypatch.chdir(tmp_path)
+    held = take(Path(f"{(tmp_path / 'run').resolve()}.lock"), Path("run"))
+    for folder in ("run", "./run", "alias/run", "linked", str(tmp_path / "alias" / "linked")):
+        with pytest.raises(ValueError, match=f"^{Path(folder)} is in use by process"):
+            with owned(Path(folder)):
+                pass
+    held.close()
+    with owned(Path("linked")):
+        assert Path("run.lock").exists() and not Path("linked.lock").exists()
+
+
+def test_a_run_folder_by_a_link_stays_one_when_a_run_starts_anew(tmp_path):
+    (tmp_path / "disk" / "r").mkdir(parents=True)
+    (tmp_path / "run").symlink_to(tmp_path / "disk" / "r")
+    for _ in range(2):
+        without_server(make_trainer(output_dir=str(tmp_path), max_steps=1)).train()
+    assert (tmp_path / "run").is_symlink() and saved(tmp_path / "disk" / "r") == {"checkpoint-1"}
+    [earlier] = (tmp_path / "disk").glob("r-past-*")
+    assert {path.name for path in earlier.iterdir()} == {"metrics.jsonl", "checkpoint-1"}
+
+
+def test_a_run_that_starts_anew_leaves_runs_and_files_in_its_folder_alone(tmp_path):
+    outer, inner = tmp_path / "run", tmp_path / "run" / "lr-3"
+    without_server(make_trainer(output_dir=str(tmp_path), max_steps=1)).train()
+    at_step(new_run(outer, run_name="lr-3"), 5)
+    (outer / "notes.md").write_text("mine")
+    shutil.copytree(outer / "checkpoint-1", outer / "checkpoint-1 (copy)")
+    without_server(make_trainer(output_dir=str(tmp_path), max_steps=2)).train()
+    assert saved(inner) == {"checkpoint-5"} and (inner / "metrics.jsonl").exists()
+    assert saved(outer) == {"checkpoint-2", "checkpoint-1 (copy)"}
+    assert (outer / "notes.md").read_text() == "mine"
+    assert list(tmp_path.glob("run-past-*/checkpoint-1"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_the_lock_of_another_user_is_respected_and_one_that_is_left_is_taken(tmp_path):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        path = Path(folder, "run.lock")
+        held = take(path, Path("run"))
+        os.seteuid(65534)
+        try:
+            with pytest.raises(ValueError, match=f"run is in use by process {os.getpid()} on"):
+                take(path, Path("run"))
+            held.close()  # as when it was killed
+            mine = take(path, Path("run"))
+        finally:
+            os.seteuid(0)
+        assert mine.writable() and path.stat().st_uid == 65534
+        mine.close()
+
+
+def test_a_file_system_without_locks_is_said_to_be_one(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    without_server(make_trainer(output_dir=str(tmp_path), max_steps=1)).train()
+    assert "run cannot be locked (No locks available)" in capsys.readouterr().out
+    assert saved(tmp_path / "run") == {"checkpoint-1"}
+
+
 # ---- a terminal that is closed
 
 def test_sighup_finishes_the_step_and_saves(tmp_path):
@@ -537,16 +692,23 @@ def pretend_cuda(monkeypatch) -> list[int]:
     """As if there were GPUs; the list of the devices that are set."""
     used = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     monkeypatch.setattr(torch.nn.Module, "cuda", lambda self: self)
     return used
 
 
-@pytest.mark.parametrize("visible, gpus", [("5", 1), ("GPU-1f,GPU-2e", 2), ("MIG-a", 1)])
-def test_too_short_a_list_of_gpus_is_refused(monkeypatch, visible, gpus):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+@pytest.mark.parametrize("visible, gpus, shown", [
+    ("5", 1, "5"), ("GPU-1f,GPU-2e", 2, "GPU-1f,GPU-2e"), ("MIG-a", 1, "MIG-a"),
+    ("3,-1,2", 1, "3"), ("0,1,", 2, "0,1"), ("6,NoDevFiles", 1, "6"), (None, 4, "0,1,2,3")])
+def test_too_short_a_list_of_gpus_is_refused(monkeypatch, visible, gpus, shown):
+    """CUDA, too, sees no entry after the first that names no GPU."""
     pretend_cuda(monkeypatch)
-    with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES={visible} shows .* GPUs that inf"):
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ValueError, match=f"^inf.* ask for {gpus + 1} GPUs, but .*: {shown}$"):
         load_model(MultimodalRLConfig(model=TINY, inference_gpus=gpus))
 
 
@@ -647,6 +809,13 @@ HEAD = 'model = "x"\n[env]\nid = "colors"\n'
     ('[env.args]\nmix = {"a": {"b": "c: d", "e": true}}', 'mix = { a = { b = "c: d", e = true } }'),
     ("[trainer.args]\nfreeze_vision = True", "freeze_vision = true"),
     ("[trainer.args]\nmax_steps: 5", "max_steps = 5"),
+    ("[inference.args]\nlimit_mm_per_prompt = {'image': 4}", "limit_mm_per_prompt = { image = 4 }"),
+    ('[env.args]\nlimit = {"image": 4,},', "limit = { image = 4 }"),
+    ('[trainer.args]\n"max_steps": 5,', "max_steps = 5"),
+    ("[trainer.args]\nfreeze_vision = TRUE", "freeze_vision = true"),
+    ("[env.args]\nflags = [True, False,]", "flags = [true, false]"),
+    ('[env.args]\nmix = {"a b": "True: {x}, ", "u": "http://h:1/{a}"}',
+     'mix = { "a b" = "True: {x}, ", u = "http://h:1/{a}" }'),
 ])
 def test_json_in_toml_is_answered_with_the_toml(tmp_path, text, hint):
     (tmp_path / "c.toml").write_text(HEAD + text)
@@ -664,6 +833,23 @@ def test_other_mistakes_in_toml_get_no_such_hint(tmp_path):
         with pytest.raises(ValueError, match="c.toml") as error:
             load_config(str(tmp_path / "c.toml"))
         assert "JSON" not in str(error.value)
+    for text in ("n = None", "n: null", 'x = {"n": None}'):
+        (tmp_path / "c.toml").write_text(HEAD + "[env.args]\n" + text)
+        with pytest.raises(ValueError, match="at line 5.*TOML has no None: leave the key out"):
+            load_config(str(tmp_path / "c.toml"))
+
+
+def test_a_file_of_a_windows_editor_and_flags_with_hyphens_are_read(tmp_path):
+    (tmp_path / "c.toml").write_text("\ufeff" + HEAD + "[inference.args]\nmax-model-len = 600\n"
+                                     'api-key = "sk-secret-1"\n', encoding="utf-8")
+    config = load_config(str(tmp_path / "c.toml"), ["inference.args.chat-template=x.jinja"])
+    assert config.inference_args == {"max_model_len": 600, "api_key": "sk-secret-1",
+                                     "chat_template": "x.jinja"}
+    assert "sk-secret-1" not in " ".join(vllm_process.server_command(config))
+    with pytest.raises(ValueError, match="max_tokens must be below max_model_len"):
+        load_config(str(tmp_path / "c.toml"), ["inference.args.max-model-len=512"])
+    with pytest.raises(ValueError, match="api_key must be a string"):
+        load_config(str(tmp_path / "c.toml"), ["inference.args.api_key=12345"])
 
 
 def test_json_on_the_command_line_is_understood():
@@ -671,6 +857,12 @@ def test_json_on_the_command_line_is_understood():
         'inference.args.limit_mm_per_prompt={"image": 2}', 'env.args={"num_train": 3}'])
     assert config.inference_args["limit_mm_per_prompt"] == {"image": 2}
     assert config.inference_args["enforce_eager"] and config.env_args == {"num_train": 3}
+    config = load_config(str(ROOT / "config.toml"), [
+        "freeze_vision=True", "env.args.urls={'a b': 'http://h:1/{True}'}", "run_name=a:b {c}"])
+    assert config.freeze_vision and config.run_name == "a:b {c}"
+    assert config.env_args["urls"] == {"a b": "http://h:1/{True}"}
+    assert doctest.testmod(config_module).attempted == 1
+    assert doctest.testmod(config_module).failed == 0
 
 
 def test_paths_are_found_beside_the_config_and_in_the_working_directory(tmp_path, monkeypatch):
@@ -699,6 +891,36 @@ def test_paths_are_found_beside_the_config_and_in_the_working_directory(tmp_path
     assert is_whole(Path(checkpoint))
 
 
+def test_an_environment_and_its_data_are_found_beside_the_config(tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    (project / "data").mkdir(parents=True)
+    (project / "data" / "train.txt").write_text("red")
+    (project / "beside_the_config.py").write_text(
+        "from rollout import Environment\n"
+        "def load_environment(path, split):\n"
+        "    rows = [{'prompt': open(path).read(), 'answer': split}]\n"
+        "    return Environment(train=rows, eval=[], rewards=[])\n")
+    (project / "c.toml").write_text(f'model = "{TINY}"\n[env]\nid = "beside-the-config"\n'
+                                    '[env.args]\npath = "data/train.txt"\nsplit = "data"\n')
+    monkeypatch.chdir(tmp_path)
+    run = subprocess.run([sys.executable, "-c", FINDS.format(root=str(ROOT))], text=True,
+                         capture_output=True, timeout=120)
+    assert run.stdout == "red data\n", run.stderr
+
+
+FINDS = """
+import sys
+sys.path[:0] = [{root!r}]
+from rollout import load_environment
+from support.config import command_line
+
+sys.argv = ["x.py", "@", "project/c.toml"]
+config = command_line("x.py")
+[row] = load_environment(config.env_id, config.env_args).train
+print(row["prompt"], row["answer"])
+"""
+
+
 @pytest.mark.parametrize("model", ["./mine", "/no/such/model", "a/b/c", "~/no-such-model", "mine/",
                                    "../mine"])
 def test_a_missing_folder_of_a_model_is_said_to_be_one(tmp_path, model):
@@ -708,16 +930,21 @@ def test_a_missing_folder_of_a_model_is_said_to_be_one(tmp_path, model):
 
 
 def test_a_name_that_may_be_of_the_hub_is_first_said_to_be_no_folder(monkeypatch, tmp_path):
+    """And at once: transformers tries for most of a minute, with a line each time."""
     def offline(*_, **__):
-        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")
+        raise OSError("Name or service not known")
 
-    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", offline)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", offline)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", pytest.fail)
     monkeypatch.chdir(tmp_path)
     for name in ("models/tiny-qwen2-vl", "tiny"):
         with pytest.raises(ValueError, match=f"^model: there is no folder '{name}' .*{tmp_path}"):
             load_model(MultimodalRLConfig(model=name))
-    (tmp_path / "tiny").mkdir()
-    with pytest.raises(ValueError, match="^model: tiny does not hold a whole model"):
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY, tmp_path / "tiny")
+    (tmp_path / "tiny" / "model.safetensors").write_text("version https://git-lfs.github.com/spec")
+    with pytest.raises(ValueError, match="^model: tiny does not hold a whole model: Safetensor"):
         load_model(MultimodalRLConfig(model="tiny"))
 
 

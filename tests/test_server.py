@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import socket
+import socketserver
 import stat
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from conftest import ROOT, TINY, free_port, make_trainer, noise
 from rollout import Environment, Failure, Generator, Job
 from support import http as server_http
 from support import other_server, owner, rewards, secret, server_flags, text, vllm_process
-from support.config import MultimodalRLConfig, load_config
+from support.config import MultimodalRLConfig
 from test_faults import asking, command, generator_of, running, timeless, wait_for_lines
 from test_runs import metrics
 from train import served
@@ -108,6 +109,12 @@ NOT_OURS = {  # what answers -> what the one line says
                          "weight_transfer_config 'ipc', not 'nccl'"),
     "workers without gloo": (vllm_routes({"parallel_config": {"worker_extension_cls": ""}}),
                              "no worker_extension_cls"),
+    "no table": (vllm_routes() | {"/server_info": ["x"]}, "no vLLM server"),
+    "an unknown table": (vllm_routes() | {"/server_info": {"x": 1}}, "no vLLM server"),
+    "flags of another kind": (vllm_routes({"model_config": "x"}), "no vLLM server"),
+    "models of another kind": (vllm_routes() | {"/v1/models": {"data": {}}}, "no vLLM server"),
+    "a redirect": (vllm_routes() | {"/v1/models": (302, "")}, "302 Found"),
+    "an empty table": ({"/health": {}, "/v1/models": {}, "/server_info": {}}, "no vLLM server"),
     "a plain vLLM": ({k: v for k, v in vllm_routes().items() if k in ("/health", "/v1/models")},
                      "no RL routes"),
 }
@@ -177,6 +184,52 @@ def test_a_port_that_something_else_has_is_named_before_vllm_is_started(tmp_path
     assert time.monotonic() - start < 15 and not list(tmp_path.iterdir())
 
 
+class Raw(socketserver.StreamRequestHandler):
+    """Answers with bytes, one every 0.2 seconds, for ever."""
+    said = b""
+
+    def handle(self):
+        with contextlib.suppress(OSError):
+            self.wfile.write(self.said)
+            while self.said:
+                self.wfile.write(b"x")
+                time.sleep(0.2)
+
+
+@pytest.mark.parametrize("said", [b"", b"\x15\x03\x01\x00\x02\x02\x50", b"HTTP/1.1 2",
+                                  b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\nA: "])
+def test_a_service_that_closes_drips_or_speaks_tls_is_no_server_within_seconds(said, tmp_path):
+    handler = type("Handler", (Raw,), {"said": said})
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as web:
+        web.daemon_threads = True
+        threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
+        start = time.monotonic()
+        with pytest.raises(OSError, match="Address already in use, by what is no vLLM server"):
+            with sync.Server(config_for(web.server_address[1], output_dir=str(tmp_path))):
+                pass
+        assert time.monotonic() - start < 9
+        web.shutdown()
+
+
+def test_an_answer_that_drips_is_given_up(monkeypatch):
+    """A body without an end, after a good start."""
+    with service(vllm_routes()) as port:
+        monkeypatch.setattr(other_server, "call", lambda *_, **__: time.sleep(60))
+        monkeypatch.setattr(other_server, "SECONDS", 1)
+        with pytest.raises(ValueError, match=f"127.0.0.1:{port} does not answer: no answer in 1 s"):
+            with sync.Server(config_for(port)):
+                pass
+
+
+@pytest.mark.parametrize("said", [{}, [], {"weight_version": None}, (200, "<html>"), (204, "")])
+def test_a_version_that_is_none_of_ours_is_lost_and_not_a_traceback(said):
+    routes = vllm_routes()
+    with service(routes) as port, sync.Server(config_for(port)) as server:
+        routes["/weight_info"] = said
+        with pytest.raises(server_http.ServerError, match="has weights 'None'|does not answer: "):
+            server.lease.check()
+
+
 @pytest.mark.parametrize("key, fits", [("", False), ("wrong", False), ("right", True)])
 def test_the_api_key_of_the_environment_is_sent(key, fits, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", key)
@@ -221,13 +274,92 @@ def test_a_first_trainer_that_was_killed_is_followed_and_one_that_is_stopped_is_
             second.lease.release()
 
 
-def test_an_owner_is_who_answers_with_its_own_token():
+def lease_at(port: int, monkeypatch, address="127.0.0.1") -> owner.Lease:
+    """That of a trainer which reaches the server by this address of its own."""
+    monkeypatch.setattr(sync.Server, "own_address", lambda self: address)
+    return sync.Server(config_for(port)).lease
+
+
+def test_an_owner_is_who_answers_with_its_own_token(monkeypatch):
+    lease = lease_at(1, monkeypatch)
     with socket.create_server(("127.0.0.1", 0)) as silent, service({}) as web:
         for port, lives in ((silent.getsockname()[1], True), (web, False), (free_port(), False)):
-            said = owner.living_owner(f"3 by run 'a', process 1 on \x1b[1mb [127.0.0.1:{port} f00d]")
+            version = f"3 by run 'a', process 1 on \x1b[1mb [127.0.0.1:{port} f00d]"
+            said = lease.living_owner(version)
             assert said == ("run 'a', process 1 on b" if lives else None)
     for version in ("default", "3", "", "3 by nobody", "3 by x [127.0.0.1:999999 f00d]"):
-        assert owner.living_owner(version) is None
+        assert lease.living_owner(version) is None
+
+
+def test_an_owner_that_cannot_be_asked_is_not_taken_for_dead(monkeypatch):
+    """One on the server's machine, asked from another; one behind a network that is down."""
+    version = f"3 by x [127.0.0.1:{free_port()} f00d]"
+    assert lease_at(1, monkeypatch, "10.0.0.7").living_owner(version) == "x"
+    lease = lease_at(1, monkeypatch)
+    assert lease.living_owner(version) is None
+    for error, lives in ((OSError(113, "No route to host"), True), (TimeoutError(), True),
+                         (ConnectionResetError(), False)):
+        def fail(*_, error=error):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "create_connection", fail)
+            assert (lease.living_owner(version) == "x") == lives
+
+
+def test_of_two_trainers_that_come_at_the_same_instant_one_owns_the_server(monkeypatch):
+    """Both have read that nobody does; the other one writes last."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        theirs = {"weight_version": f"None by run 'b' [127.0.0.1:{other.getsockname()[1]} f00d]"}
+        routes = vllm_routes()
+        said = [{"weight_version": "default"}, theirs]
+
+        class Changing(dict):
+            def get(self, path, default):
+                return said.pop(0) if path == "/weight_info" else super().get(path, default)
+
+        monkeypatch.setattr(other_server, "is_open", lambda url: False)
+        with service(Changing(routes)) as port:
+            lease = sync.Server(config_for(port)).lease
+            with pytest.raises(ValueError, match="in use by run 'b': wait for its end"):
+                lease.claim()
+            assert lease.listener is None and said == []
+
+
+KILLED = """
+import os, signal, sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_server import config_for
+import sync
+from support import other_server, vllm_process
+other_server.is_open = lambda url: False
+vllm_process.server_command = lambda config: ["sleep", "60"]
+config = config_for({port}, output_dir={folder!r})
+server = sync.Server(config)
+server.lease.claim()
+process = vllm_process.start(config, server.log)
+if os.fork() == 0:
+    os.closerange(0, 3)  # what a pool of processes of a reward leaves behind
+    time.sleep(60)
+    os._exit(0)
+print(server.lease.version(3), process.pid, sep="\\n", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_forks_of_a_killed_trainer_hold_neither_its_server_nor_its_lease(tmp_path, monkeypatch):
+    with service(vllm_routes()) as port:
+        run = subprocess.run(
+            [sys.executable, "-c", KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"),
+                                                 port=port, folder=str(tmp_path))],
+            cwd=ROOT, capture_output=True, text=True, timeout=60, start_new_session=True)
+        version, pid = run.stdout.splitlines()[-2:]
+        lease = lease_at(port, monkeypatch)
+        assert owner.VERSION.fullmatch(version) and lease.living_owner(version) is None
+    end = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def somebody_sends(server, change) -> None:
@@ -427,6 +559,70 @@ def test_a_server_is_clean_after_it_was_sent_clean_weights(server, same_trainer)
                           torch.tensor(sum(before.completion_logprobs, [])), atol=1e-5)
 
 
+def test_an_update_that_breaks_leaves_a_server_that_answers_and_says_so(server, tmp_path):
+    """A server of somebody else's may have other users: it must not stay paused for them."""
+    trainer = make_trainer(**options_of(server))
+    trainer.on_server(lambda: None)
+
+    class Breaks:
+        metadata, version = trainer.source.metadata, 5
+
+        def __iter__(self):
+            yield from list(trainer.source)[:20]
+            raise RuntimeError("no memory")
+
+    trainer.server.engine = None
+    with pytest.raises(server_http.ServerError, match="weights 5 did not reach .*: no memory"):
+        trainer.server.send(Breaks())
+    assert trainer.server.call("is_paused", method="get") == {"is_paused": False}
+    assert trainer.server.lease.served().startswith("None by run ")
+    trainer.server.stop()
+    assert len(trainer.roll_out()) == 32
+
+
+def test_caches_are_cleaned_when_nothing_samples_with_the_old_weights_any_more(server):
+    trainer, asked = make_trainer(**options_of(server)), []
+    call = trainer.server.call
+
+    def noted(route, body=None, method="post"):
+        asked.append((body or {}).get("method") or route.split("?")[0])
+        return call(route, body, method)
+
+    trainer.server.call = noted
+    trainer.on_server(lambda: None)
+    wanted = ["pause", "clean_caches", "reset_prefix_cache", "reset_mm_cache",
+              "reset_encoder_cache", "update_weight_version", "resume"]
+    assert asked[asked.index("pause"):-1] == wanted
+    for spoiled in (False, True):  # the caches of a server that we have met are clean
+        asked.clear()
+        if spoiled:
+            server_http.SPOILED.add(f"127.0.0.1:{server.vllm_server_port}")
+        trainer.server.send(trainer.source)
+        assert asked[asked.index("pause"):-1] == [w for w in wanted if spoiled or w != wanted[1]]
+
+
+def test_completions_that_somebody_aborts_are_dropped(server):
+    """A pause of another's, whose default is to abort what is running."""
+    generator = generator_of(server, [asking(noise(56, 56, i)) for i in range(4)],
+                             [lambda *_, **__: 1.0], max_tokens=400)
+    generator.sampling |= {"ignore_eos": True, "max_tokens": 400}
+    pending = generator.submit([Job(generator.environment.train, i, 8, 8 * i) for i in range(4)])
+    while not requests_running(server):
+        time.sleep(0.05)
+    generator.call("pause?mode=abort")
+    generator.call("resume")
+    found = [entry for job, result in zip(pending.jobs, pending.results)
+             for entry in generator.finish(job, result)]
+    broken = [entry for entry in found if isinstance(entry, Failure)]
+    assert broken and all("broke it off (abort)" in str(failure) for failure in broken)
+
+
+def requests_running(server) -> bool:
+    said = requests.get(f"{server.url}/metrics", headers=secret.headers(server.url), timeout=10)
+    return any(line.startswith("vllm:num_requests_running") and not line.endswith(" 0.0")
+               for line in said.text.splitlines())
+
+
 # ---- the secret
 
 def test_without_the_secret_the_server_answers_nothing_but_health(server):
@@ -492,6 +688,20 @@ def test_the_secret_of_the_environment_is_used_and_files_are_ones_own(tmp_path, 
     assert secret.known(url) is None and secret.make(url) == secret.known(url)
 
 
+@pytest.mark.parametrize("name", ["VLM_SERVER_SECRET", "VLLM_API_KEY"])
+def test_a_secret_that_no_header_can_carry_is_refused_and_not_shown(name, monkeypatch, capfd):
+    with service(vllm_routes()) as port:
+        for word in ("two words", "two\nlines", "gr\u00fcn", "\x1b[1mx"):
+            monkeypatch.setenv(name, word)
+            with pytest.raises(ValueError, match=f"{name} must be of printable ASCII") as error:
+                with sync.Server(config_for(port)):
+                    pass
+            assert word not in str(error.value) and word not in repr(error.value.__context__)
+        monkeypatch.setenv(name, " word\n")  # as files and shells leave it
+        assert list(secret.headers("http://x:1").values()) in (["word"], ["Bearer word"])
+    assert secret.variable(name) == "word"
+
+
 def test_the_middleware_asks_websockets_and_mounted_apps_too(monkeypatch):
     monkeypatch.setenv("VLM_SERVER_SECRET", "word")
     reached, sent = [], []
@@ -532,6 +742,10 @@ def test_own_middleware_and_keys_of_the_config_stand_beside_ours():
     words = vllm_process.server_command(config)
     given = [words[i + 1] for i, word in enumerate(words) if word == "--middleware"]
     assert given == ["a.B", "c.D", "support.secret.AskSecret"] and "word" not in words
+    for name in ("api-key", "max-model-len"):
+        flags = {name: "word", "data-parallel-size": 2}
+        config = MultimodalRLConfig(model=TINY, inference_args=flags)
+        assert ("word" in vllm_process.server_command(config)) == (name != "api-key")
 
 
 # ---- what is sampled
@@ -586,12 +800,12 @@ def canned_reply(*choices) -> dict:
          "logprobs": {"content": [{"logprob": -1.0} for _ in ids]}} for ids, reason, message in choices]}
 
 
-def rolled_out(reply: dict, functions, monkeypatch, **options):
+def rolled_out(reply: dict, functions, monkeypatch, row=None, **options):
     """The outputs of one job, whose completions the server replied."""
     tokenizer = make_trainer().tokenizer
     with service(vllm_routes()) as port:
-        environment = Environment(train=[{"prompt": [{"role": "user", "content": "?"}]}], eval=[],
-                                  rewards=functions, **options)
+        row = row or {"prompt": [{"role": "user", "content": "?"}]}
+        environment = Environment(train=[row], eval=[], rewards=functions, **options)
         generator = Generator(environment, config_for(port, max_dropped=0.99,
                                                       generation_timeout=20),
                               decode=tokenizer.decode)
@@ -637,8 +851,6 @@ def test_on_a_real_server_rewards_see_the_sampled_tokens(server):
         assert text_ == tokenizer.decode(ids if reason == "length" else ids[:-1])
         assert seen[text_] > 0
     assert set(outputs.finish_reason) >= {"stop"}
-    asked = generator.ask_for_text([*outputs.completion_ids[0]], skip_special_tokens=False)
-    assert asked == tokenizer.decode(outputs.completion_ids[0])
 
 
 class Says:
@@ -694,6 +906,123 @@ def test_one_odd_reward_drops_its_completion_alone_with_a_reason(value, said, mo
     assert outputs.reward == [10.0, 5.0, 10.0] and time.monotonic() - start < 10
     [reason] = outputs.dropped
     assert reason.startswith("example 0: ") and said in reason and reason.isprintable()
+
+
+class Objects:
+    """A reward that is an object, with an async __call__ or not."""
+    __name__ = "objects"
+
+    async def __call__(self, completion, answer, **info):
+        return {"reward": fractions.Fraction(1, 2), "why": "half"}
+
+
+class Subclass(float):
+    pass
+
+
+@pytest.mark.parametrize("value, reward", [
+    (numpy.array([0.25]), 0.25), (numpy.array(0.25), 0.25), (torch.tensor([[0.25]]), 0.25),
+    (numpy.bool_(True), 1.0), (Subclass(0.25), 0.25), ({"reward": numpy.int8(2), "x": 1}, 2.0)])
+def test_arrays_of_one_number_are_rewards(value, reward, monkeypatch):
+    reply = canned_reply(([65], "length", {}))
+    outputs, _ = rolled_out(reply, [Says(value), Objects()], monkeypatch)
+    assert outputs.reward == [reward + 0.5] and type(outputs.reward[0]) is float
+    assert outputs.metrics == {"says": [reward], "objects": [0.5]}
+
+
+class Unreadable(Exception):
+    def __str__(self):
+        raise OSError("no")
+
+
+async def ends_its_loop(how):
+    """In a task of its own, from which an exception reaches the loop itself."""
+    async def child():
+        if how == "stop":
+            asyncio.get_running_loop().stop()
+            return 1
+        raise how
+
+    await asyncio.gather(child())
+    return 1
+
+
+@pytest.mark.parametrize("value, said", [
+    (asyncio.CancelledError(), "CancelledError: without a word"), (GeneratorExit(3), "Exit: 3"),
+    (Unreadable(), "Unreadable: what it says cannot be read"), (numpy.zeros(2), "array of size 1"),
+    ((x for x in "1"), "TypeError"), ({"reward": "1"}, "TypeError"),
+    (OSError(5, "\x1b[2Jgone", "\x1b[1mfile"), "OSError: [Errno 5] gone: "),
+    ("async SystemExit", "SystemExit: 4"), ("async KeyboardInterrupt", "KeyboardInterrupt"),
+    ("async CancelledError", "CancelledError")])
+def test_other_odd_rewards_drop_their_completion_alone(value, said, monkeypatch):
+    if isinstance(value, str):
+        kinds = {"SystemExit": SystemExit, "KeyboardInterrupt": KeyboardInterrupt,
+                 "CancelledError": asyncio.CancelledError}
+        value = ends_its_loop(kinds[value.split()[1]](4))
+    reply = canned_reply(*[([65, 66], "length", {})] * 4)
+    outputs, _ = rolled_out(reply, [Says(1.0, value, 0.5, later(1))], monkeypatch)
+    assert outputs.reward == [1.0, 0.5, 1.0]
+    [reason] = outputs.dropped
+    assert said in reason and reason.isprintable()
+
+
+def test_an_async_reward_that_stops_its_loop_stops_no_other(monkeypatch):
+    reply = canned_reply(*[([65, 66], "length", {})] * 3)
+    outputs, _ = rolled_out(reply, [Says(later(1), ends_its_loop("stop"), later(3))], monkeypatch)
+    assert outputs.reward == [1.0, 1.0, 3.0]
+
+
+def test_an_async_reward_that_blocks_the_loop_does_not_hold_up_all_others(monkeypatch):
+    async def blocks():
+        time.sleep(5)
+        return 1
+
+    monkeypatch.setattr(rewards, "PATIENCE", 0.5)
+    threading.Thread(target=rewards.number, args=(blocks(),), daemon=True).start()
+    time.sleep(0.2)
+    start = time.monotonic()
+    assert [rewards.number(later(i)) for i in range(3)] == [0, 1, 2]
+    assert time.monotonic() - start < 3
+
+
+def test_what_a_reward_does_to_its_arguments_reaches_no_other(monkeypatch):
+    seen = []
+    row = {"prompt": "?", "answer": ["a", {"b": [1]}], "info": {"wanted": [[1, 2], 3], "text": "t"}}
+
+    def takes_away(completion, answer, wanted, **info):
+        seen.append((json.dumps([answer, wanted]), info))
+        answer[1]["b"].clear()
+        wanted[0].pop()
+        del wanted[1], answer[0]
+        return 1.0
+
+    def also(completion, answer, wanted, **info):
+        return takes_away(completion, answer, wanted, **info)
+
+    outputs, _ = rolled_out(canned_reply(*[([65], "length", {})] * 3), [takes_away, also],
+                            monkeypatch, row=row)
+    assert seen == [('[["a", {"b": [1]}], [[1, 2], 3]]', {"text": "t"})] * 6
+    assert outputs.info == [{"wanted": [[1, 2], 3], "text": "t"}] * 3
+    assert row["answer"] == ["a", {"b": [1]}]
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", "repetition", None])
+def test_a_completion_that_the_server_broke_off_is_dropped(reason, monkeypatch):
+    """It was not sampled to its end, and its last token is none that ends a turn."""
+    reply = canned_reply(([65, 66], reason, {}), ([65, 66], "length", {}))
+    outputs, _ = rolled_out(reply, [Says(1.0)], monkeypatch)
+    assert outputs.finish_reason == ["length"] and outputs.reward == [1.0]
+    assert outputs.dropped == [f"example 0: RuntimeError: the server broke it off ({reason})"]
+
+
+def test_invalid_bytes_and_no_tokens_are_texts_too(monkeypatch):
+    tokenizer = make_trainer().tokenizer
+    [half, *_] = tokenizer("é")["input_ids"]
+    end = tokenizer.get_vocab()["<|im_end|>"]
+    reply = canned_reply(([half, end], "stop", {}), ([], "length", {}), ([end], "stop", {}))
+    outputs, _ = rolled_out(reply, [Says(1.0, 2.0, 3.0)], monkeypatch)
+    assert outputs.completion == [tokenizer.decode([half]), "", ""]
+    assert outputs.reward == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("what", ["reward", "async reward", "row"])
@@ -757,9 +1086,38 @@ def test_what_strangers_say_is_printed_without_escape_sequences(tmp_path):
     assert str(error.value).isprintable() and "400 red" in str(error.value)
     (tmp_path / "vllm.log").write_text(f"ValueError: {evil}\nmore")
     assert vllm_process.last_errors(tmp_path / "vllm.log").isprintable()
-    failure = Failure(3, ValueError(evil))
-    assert str(failure) == "example 3: ValueError: red 5m evil next"
-    assert str(failure.error).isprintable()  # which a traceback shows, too
+    assert str(Failure(3, ValueError(evil))) == "example 3: ValueError: red 5m evil next"
+
+
+def test_a_traceback_is_printed_without_escape_sequences(capsys):
+    """Of strangers' words, causes and notes, too; its lines stay where they are."""
+    evil = "\x1b[2J\x1b[31mred\x1b]8;;http://x\x07 \u202eevil\rnext"
+    try:
+        try:
+            raise OSError(5, evil, evil)
+        except OSError as error:
+            error.add_note(evil)
+            raise RuntimeError(f"a judge: {evil}") from error
+    except RuntimeError as error:
+        text.print_plainly(type(error), error, error.__traceback__)
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert "    raise OSError(5, evil, evil)" in lines
+    assert "RuntimeError: a judge: red evil" in lines
+
+
+def test_a_status_line_of_strangers_is_printed_plainly():
+    class Evil(socketserver.StreamRequestHandler):
+        def handle(self):
+            self.rfile.readline()
+            self.wfile.write(b"HTTP/1.1 418 \x1b[2J\x1b[31mred\r\nContent-Length: 0\r\n\r\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Evil) as web:
+        threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
+        with pytest.raises(server_http.Refusal) as error:
+            server_http.call(f"http://127.0.0.1:{web.server_address[1]}/x", timeout=5)
+        web.shutdown()
+    assert str(error.value).isprintable() and str(error.value).endswith("/x: 418 red")
 
 
 # ---- vf-vllm's command line
@@ -789,6 +1147,7 @@ def test_the_flags_of_vf_vllm_are_understood(words, wanted, monkeypatch):
 @pytest.mark.parametrize("words, said", [
     ([], "usage: python sync.py @ config.toml"), (["--port", "8123"], "--model MODEL"),
     (["--model", "x", "--port", "8123", "y"], "'y' is no flag"),
+    (["--model", "./none/such", "-tp", "two"], "there is no folder './none/such'"),
     (["--model", "x", "--port", "many"], "vllm_server_port must be int, not 'many'")])
 def test_a_mistake_in_the_flags_is_one_line(words, said):
     run = subprocess.run([sys.executable, "sync.py", *words], cwd=ROOT, capture_output=True,

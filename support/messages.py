@@ -1,0 +1,33 @@
+"""Prompts in the form in which the OpenAI endpoint takes them, with their images."""
+from PIL import Image
+
+from support.images import load_image, png_data_uri
+from support.prompts import clean_prompt
+
+
+def render_prompt(prompt: list[dict]) -> tuple[list[dict], list[Image.Image]]:
+    """Chat messages -> (the same in OpenAI form with PNG data URIs, the images in order)."""
+    messages, images = [], []
+    for message in clean_prompt(prompt):
+        if not isinstance(message["content"], str):
+            message["content"] = [render_part(part, images) for part in message["content"]]
+        messages.append(message)
+    return messages, images
+
+
+def render_part(part: dict, images: list[Image.Image]) -> dict:
+    """The part in OpenAI form. Its image, if it has one, is added to the images."""
+    if part["type"] == "text":
+        return part
+    images.append(load_image(part[part["type"]]))
+    return {"type": "image_url", "image_url": {"url": png_data_uri(images[-1])}}
+
+
+def image_urls(messages: list[dict]) -> list[str]:
+    """Of messages in OpenAI form."""
+    urls = []
+    for message in messages:
+        if not isinstance(message["content"], str):
+            urls += [part["image_url"]["url"] for part in message["content"]
+                     if part["type"] == "image_url"]
+    return urls

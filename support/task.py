@@ -1,0 +1,54 @@
+"""A limit of time for what others wrote, or serve."""
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable
+
+CURRENT = threading.local()  # .task: that of this thread
+
+
+class Task:
+    """action() in a thread of its own: one that never returns takes no thread of a pool with it."""
+
+    def __init__(self, action: Callable):
+        self.since, self.value, self.error = time.monotonic(), None, None
+        self.thread = threading.Thread(target=self.run, args=(action,), daemon=True)
+        self.thread.start()
+
+    def run(self, action: Callable) -> None:
+        CURRENT.task = self
+        try:
+            self.value = action()
+        except Exception as error:
+            self.error = error
+        except BaseException as error:  # SystemExit in here ends this thread, not who waits for it
+            self.error = RuntimeError(f"{type(error).__name__}: {error}")
+
+    def result(self, seconds: float, what: str, hint: str = ""):
+        """Its value or exception; TimeoutError if there is none so many seconds after `since`.
+
+        That is its start, or the end of what it did without_limit.
+        """
+        while self.thread.is_alive():
+            left = self.since + seconds - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"no {what} in {seconds:g} s {hint}")
+            self.thread.join(min(left, 1))  # for `since` may change meanwhile
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+@contextlib.contextmanager
+def without_limit():
+    """For what has a limit of its own: the time of the task of this thread begins again after it."""
+    task = getattr(CURRENT, "task", None)
+    if task is None:  # a thread that others made
+        yield
+        return
+    task.since = math.inf
+    try:
+        yield
+    finally:
+        task.since = time.monotonic()
