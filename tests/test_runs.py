@@ -161,4 +161,4 @@ def test_a_connection_that_the_server_dropped_is_tried_again():
         generator = Generator(Environment(train=[{}], eval=[], rewards=[]),
                               MultimodalRLConfig(vllm_server_port=web.server_port))
         web.shutdown()
-    assert generator.sampling["model"] == "m" and Hiccup.calls == 2
+    assert generator.chat["model"] == "m" and Hiccup.calls == 2
