@@ -23,6 +23,7 @@ from PIL import Image
 from support.http import ServerError, call
 from support.images import without_shared_images
 from support.messages import image_urls, render_prompt
+from support.owner import step_of
 from support.prompts import clean_prompt, row_prompt, template_options
 from support.rewards import copied, number, scores
 from support.task import Task, without_limit
@@ -95,11 +96,15 @@ class Rollout:
     encoded: object = None            # what the adapter made of (prompt, images), if it was asked
     finished: float = 0.0             # time.perf_counter()
     completion_mask: list[int] | None = None  # 1 = sampled, 0 = of a reply; None: all were sampled
+    completion_versions: list[int | None] | None = None  # the step whose weights sampled a token,
+                                                         # where the server says so
     replies: list[Reply] = field(default_factory=list)
 
     def __post_init__(self):
         if self.completion_mask is None:
             self.completion_mask = [1] * len(self.completion_ids)
+        if self.completion_versions is None:
+            self.completion_versions = [None] * len(self.completion_ids)
 
 
 @dataclass
@@ -131,6 +136,7 @@ class GenerateOutputs:
     encoded: list = field(default_factory=list)
     finished: list[float] = field(default_factory=list)
     completion_mask: list[list[int]] = field(default_factory=list)
+    completion_versions: list[list[int | None]] = field(default_factory=list)
     replies: list[list[Reply]] = field(default_factory=list)
     advantage: list[float] = field(default_factory=list)  # set by the trainer
     dropped: list[str] = field(default_factory=list)  # why some completions are missing
@@ -140,6 +146,8 @@ class GenerateOutputs:
     def __post_init__(self):
         self.reward = [number(reward) for reward in self.reward]
         self.completion_mask = self.completion_mask or [[1] * len(ids) for ids in self.completion_ids]
+        self.completion_versions = (self.completion_versions
+                                    or [[None] * len(ids) for ids in self.completion_ids])
         self.replies = self.replies or [[] for _ in self.completion_ids]
 
     @classmethod
@@ -157,6 +165,18 @@ class GenerateOutputs:
         for name, values in self.metrics.items():
             columns[prefix + name] = values
         return {name: sum(values) / len(values) for name, values in columns.items()}
+
+    def staleness(self, step: int) -> list[int]:
+        """By how many steps the policy that sampled each token is older than that of this step.
+
+        Where the server does not say it, at most as many as when the first request began.
+        """
+        ages = []
+        for mask, versions in zip(self.completion_mask, self.completion_versions, strict=True):
+            for sampled, version in zip(mask, versions, strict=True):
+                if sampled:
+                    ages.append(step - (self.weight_version if version is None else version))
+        return ages or [0]
 
     def groups(self) -> list[int]:
         """Each completion's group by a number: equal where the example_id is, of whatever type."""
@@ -231,6 +251,7 @@ class Conversation:
         self.asked = self.adapter.token_ids(self.messages)        # an image is one placeholder
         self.served = list(shared["prompt_ids"])                  # an image is all of its tokens
         self.completion_ids, self.completion_mask, self.logprobs = [], [], []
+        self.versions = []                                        # of completion_ids
         self.replies = []
         self.turns = 0
         self.hear(choice)
@@ -241,6 +262,11 @@ class Conversation:
         self.completion_ids += ids
         self.completion_mask += [1] * len(ids)
         self.logprobs += logprobs_of(choice)
+        versions = [None] * len(ids)
+        for span in choice.get("weight_versions") or ():  # of vLLM's route for token ids alone
+            for place in range(span["start"], span["end"]):
+                versions[place] = step_of(span["version"])
+        self.versions += versions
         self.asked += ids
         self.served += ids
         self.turns += 1
@@ -279,6 +305,7 @@ class Conversation:
         self.completion_ids += new
         self.completion_mask += [0] * len(new)
         self.logprobs += [0.0] * len(new)
+        self.versions += [None] * len(new)
         self.asked += ids
         self.served, self.urls = served, urls
         self.messages += messages
@@ -457,7 +484,8 @@ class Generator:
                                           copied(shared["answer"]), **copied(shared["info"]))
         return {"completion": talk.messages[len(shared["prompt"]):],
                 "completion_ids": talk.completion_ids, "completion_mask": talk.completion_mask,
-                "completion_logprobs": talk.logprobs, "replies": talk.replies,
+                "completion_logprobs": talk.logprobs, "completion_versions": talk.versions,
+                "replies": talk.replies,
                 "finish_reason": talk.finish_reason}, found or {}
 
     def score(self, roll_out: Callable, shared: dict) -> Rollout | Failure:

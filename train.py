@@ -353,8 +353,9 @@ class MultimodalGRPOTrainer:
         seconds = {"seconds_sync": 0.0}  # of a step without one
         seconds |= {f"seconds_{name}": value for name, value in self.seconds.items()}
         spent = self.seconds.get("rollout", 0) + self.seconds["train"]
+        ages = outputs.staleness(self.step - 1)
         metrics = {**metrics, "tokens_per_second": metrics["tokens"] / spent,
-                   "staleness": self.step - 1 - outputs.weight_version, **seconds}
+                   "staleness": statistics.mean(ages), "staleness_max": max(ages), **seconds}
         self.seconds = {}
         on_lead(lambda: self.records.write_step(metrics, outputs, self.tokenizer))
         self.bar.set_postfix({name: metrics[name] for name in SHOWN}, refresh=False)

@@ -23,6 +23,12 @@ SECONDS = 5     # to wait for an owner's answer
 MOMENT = 0.3    # in which a trainer that came at the same instant has read and written, too
 
 
+def step_of(version: str) -> int | None:
+    """The step whose weights a weight_version of ours stands for."""
+    match = VERSION.fullmatch(version)
+    return int(match["step"]) if match and match["step"].isdigit() else None
+
+
 class Lease:
     """A trainer's right to its server (sync.Server), while the server names it as its owner."""
 

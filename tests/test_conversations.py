@@ -270,3 +270,30 @@ def test_a_killed_run_of_conversations_goes_on_bit_for_bit(server, tmp_path):
     straight, killed = (timeless(metrics(config)) for config in configs)
     assert straight == killed and len(straight) == 4
     assert all(line["kl"] < 1e-6 for line in straight)
+
+
+def test_the_age_of_a_token_is_that_of_the_weights_that_sampled_it(server):
+    """Weights are sent while a later turn is about to be asked: it is of the new ones."""
+    trainer = talker(server, play=None)
+    sent = []
+
+    def play(say, completion, answer, number):
+        say(asking(text="And 1?"))
+        if not sent:
+            sent.append(True)
+            trainer.step = 1
+            trainer.send_weights()
+        say(asking(text="And 2?"))
+
+    trainer.environment = dataclasses.replace(trainer.environment, play=play)
+    trainer.generator = None
+    trainer.on_server(lambda: None)
+    outputs = trainer.generator.collect(trainer.generator.begin(0, 1, 1))
+    [mask], [versions], [replies] = (
+        outputs.completion_mask, outputs.completion_versions, outputs.replies)
+    turns = [versions[:replies[0].start], versions[replies[0].end:replies[1].start],
+             versions[replies[1].end:]]
+    assert [set(turn) for turn in turns] == [{None}, {0}, {1}]
+    ages = outputs.staleness(2)
+    assert ages == [2] * len(turns[0]) + [2] * len(turns[1]) + [1] * len(turns[2])
+    assert len(ages) == sum(mask)
