@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from policy import FULL, merge_adapters
 from support.finite import check_finite
-from support.ranks import join_ranks, on_lead
+from support.ranks import on_lead
 
 
 def save(config, step: int, policy, optimizer, processor, keep: int | None) -> None:

@@ -33,7 +33,7 @@ from conftest import ROOT, TINY, free_port, make_trainer, noise
 from rollout import Environment, Failure, Generator, Job
 from support import http as server_http
 from support import other_server, owner, rewards, secret, server_flags, text, vllm_process
-from support.config import MultimodalRLConfig, load_config
+from support.config import MultimodalRLConfig
 from test_faults import asking, command, generator_of, running, timeless, wait_for_lines
 from test_runs import metrics
 from train import served
