@@ -72,7 +72,8 @@ def test_a_server_that_sleeps_is_woken_by_the_next_weights(monkeypatch):
     assert calls[-1] == "sleep?level=1"
     trainer.send_weights()
     at = calls.index("sleep?level=1") + 1
-    assert calls[at:at + 3] == ["wake_up", "pause?mode=keep", "weights"]
+    order = [route for route in calls[at:] if route in ("wake_up", "pause?mode=keep", "weights")]
+    assert order == ["wake_up", "pause?mode=keep", "weights"]
     with pytest.raises(ValueError, match="enable_sleep_mode needs async_steps = 0"):
         MultimodalRLConfig(inference_args={"enable_sleep_mode": True})
 
