@@ -4,6 +4,7 @@ import dataclasses
 import doctest
 import errno
 import fcntl
+import io
 import json
 import math
 import os
@@ -682,7 +683,12 @@ def test_gpus_are_positions_in_the_users_list(
         own = "MIG-b" if visible == "MIG-a,MIG-b" else visible
         assert os.environ.get("CUDA_VISIBLE_DEVICES") == own
     started = {}
-    monkeypatch.setattr(subprocess, "Popen", lambda _, env, **__: started.update(env))
+
+    def popen(_, env, **__):
+        started.update(env)
+        return SimpleNamespace(stdin=io.BytesIO())
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
     for _ in range(2):  # also when it is started again
         vllm_process.start(config, tmp_path / "log")
         assert started["CUDA_VISIBLE_DEVICES"] == for_server
