@@ -12,7 +12,7 @@ class Gloo:
         from vllm.distributed.utils import stateless_init_torch_distributed_process_group
         self.group = stateless_init_torch_distributed_process_group(
             address, port, rank, world_size, "gloo",
-            timeout=timedelta(seconds=30))  # as long a worker waits for a trainer that was killed
+            timeout=timedelta(seconds=15))  # as long a worker waits for a trainer that was killed
 
     def broadcast(self, tensor: Tensor, src: int, stream=None) -> None:
         self.group.broadcast(tensor, src).wait()
