@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from multiprocessing.pool import ThreadPool
 
 import numpy
 import pytest
@@ -114,6 +115,23 @@ def test_rows_that_share_an_image_all_see_its_pixels_and_leave_it_alone(tmp_path
             assert shared.convert("RGB").tobytes() == wanted
         else:
             assert shared.tell() == 0 and shared.read() == png(picture)
+
+
+def test_images_in_info_belong_to_one_thread_too(monkeypatch, tmp_path):
+    """Rewards and adapters are given them, each in a thread of its own."""
+    picture = noise(400, 300)
+    shared = lazy_from_path(picture, tmp_path)
+    monkeypatch.setattr(Generator, "call", lambda *_, **__: {"data": [{"id": "m"}]})
+    rows = [{"prompt": "?", "info": {"views": [shared]}}] * 16
+    generator = Generator(Environment(train=rows, eval=[], rewards=[length]), MultimodalRLConfig())
+
+    def look(index: int) -> bytes:
+        row, _, _ = generator.read(Job(rows, index, 1, 0))
+        return row["info"]["views"][0].convert("RGB").tobytes()
+
+    with ThreadPool(16) as pool:
+        assert pool.map(look, range(16), chunksize=1) == [picture.tobytes()] * 16
+    assert shared._im is None and shared.fp is not None
 
 
 # ---- conversations
