@@ -76,10 +76,10 @@ def canned(trainer, groups, seed=0) -> GenerateOutputs:
     batch = trainer.build_batch(outputs)
     with torch.no_grad():
         logprobs, _ = trainer.policy(batch, share=False)
-    outputs.completion_logprobs = [
-        [p + rng.uniform(-0.1, 0.1) for p in row[-len(ids):].tolist()]
-        for ids, row in zip(outputs.completion_ids,
-                            [r[:n] for r, n in zip(logprobs, batch.attention_mask.sum(1))])]
+    for row, ids in enumerate(outputs.completion_ids):
+        start = len(outputs.prompt_ids[row])
+        exact = logprobs[row, start:start + len(ids)].tolist()
+        outputs.completion_logprobs[row] = [p + rng.uniform(-0.1, 0.1) for p in exact]
     return outputs
 
 
