@@ -30,25 +30,46 @@ class MultimodalAdapter:
         first = [seen.setdefault((tuple(p), *map(id, images)), i) for i, (p, images) in prompts]
         first, index = torch.tensor(first).unique(return_inverse=True)
         encoded = [self.encode_row(outputs, row) for row in first.tolist()]
-        rows = [(p + c, [1] * len(p + c), [0] * len(p) + [1] * len(c), [0.0] * len(p) + logprobs)
-                for p, c, logprobs in zip(outputs.prompt_ids, outputs.completion_ids,
-                                          outputs.completion_logprobs, strict=True)]
+        sampled = getattr(outputs, "completion_mask", [None] * len(outputs))
+        turns = getattr(outputs, "turns", [()] * len(outputs))
+        rows = [(p + c, [1] * len(p + c), [0] * len(p) + (m or [1] * len(c)),
+                 [0.0] * len(p) + logprobs)
+                for p, c, m, logprobs in zip(outputs.prompt_ids, outputs.completion_ids, sampled,
+                                             outputs.completion_logprobs, strict=True)]
         if any(len(ids) != len(logprobs) for ids, *_, logprobs in rows):
             raise ValueError("the server must return one logprob for each token of a completion")
         tokens = [pad_sequence([*map(torch.tensor, column)], True) for column in zip(*rows)]
-        inputs, image_rows = collate(encoded, index, width=tokens[0].shape[1])
+        later, own = [], [[] for _ in turns]
+        for row, (p, replies) in enumerate(zip(outputs.prompt_ids, turns)):
+            for at, reply in replies:
+                own[row].append(len(encoded) + len(later))
+                later.append((row, len(p) + at, reply))
+        inputs, image_rows = collate(encoded, index, tokens[0].shape[1], later)
         return MultimodalBatch(*tokens, torch.tensor(outputs.reward, dtype=torch.float32),
-                               inputs.pop("pixel_values", None), inputs, index, image_rows)
+                               inputs.pop("pixel_values", None), inputs, index, image_rows, own)
 
-    def encode(self, prompt: list[dict], images: list) -> dict[str, Tensor]:
-        """All that the processor makes of one prompt with these PIL images."""
-        if self.processor is None:
-            raise ValueError("MultimodalAdapter() has no processor; pass one or write build_batch")
+    def template(self, prompt: list[dict], history: list[dict] = ()) -> str:
+        """A prompt's text, a placeholder for each image; after a history, what follows its end."""
+        if history:  # which ends with an answer: templates put more than the new messages there
+            mark = "\u2063answer\u2063"
+            return self.template([*history[:-1], {**history[-1], "content": mark},
+                                  *prompt]).rpartition(mark)[2]
         messages = [m if isinstance(m["content"], str) else {**m, "content": [
             {"type": "image"} if part["type"] in ("image", "image_url") else part
             for part in m["content"]]} for m in prompt]
-        text = self.processor.apply_chat_template(messages, tokenize=False,
+        return self.processor.apply_chat_template(messages, tokenize=False,
                                                   add_generation_prompt=True)
+
+    def tokens(self, prompt: list[dict], history: list[dict] = ()) -> list[int]:
+        """Of template; the server puts each image's tokens where its placeholder is."""
+        return self.processor.tokenizer(self.template(prompt, history),
+                                        add_special_tokens=False)["input_ids"]
+
+    def encode(self, prompt: list[dict], images: list, history=()) -> dict[str, Tensor]:
+        """All that the processor makes of one prompt, or later turn, with these PIL images."""
+        if self.processor is None:
+            raise ValueError("MultimodalAdapter() has no processor; pass one or write build_batch")
+        text = self.template(prompt, history)
         # the flat list and add_special_tokens matter: else some add a BOS or misread images
         found = self.processor(text=[text], images=images or None, add_special_tokens=False,
                                return_tensors="pt")
@@ -71,23 +92,28 @@ class MultimodalAdapter:
         return encoded
 
 
-def collate(encoded: list[dict], index: Tensor, width: int) -> tuple[dict, dict]:
+def collate(encoded: list[dict], index: Tensor, width: int, later=()) -> tuple[dict, dict]:
     """The processor's tensors of all prompts -> (extra_model_kwargs, image_rows).
 
     Token-level ones, (1, prompt length), become (B, width) with 0 over completions; all others are
-    concatenated along dim 0, their other dims zero-padded to the largest.
+    concatenated along dim 0, their other dims zero-padded to the largest. Of each of the later
+    (row, start, encoded) tokens go into their row, and images behind those of the prompts.
     """
     inputs, image_rows = {}, {}
-    for key in sorted({key for e in encoded for key in e} - {"input_ids", "attention_mask"}):
-        if all(e[key].shape == e["input_ids"].shape for e in encoded if key in e):
+    every = encoded + [e for *_, e in later]
+    for key in sorted({key for e in every for key in e} - {"input_ids", "attention_mask"}):
+        if all(e[key].shape == e["input_ids"].shape for e in every if key in e):
             lines = [e.get(key, torch.zeros_like(e["input_ids"])) for e in encoded]
             inputs[key] = torch.cat([pad(p, (0, width - p.shape[1])) for p in lines])[index]
+            for row, start, e in later:
+                if key in e:
+                    inputs[key][row, start:start + e[key].shape[1]] = e[key][0]
         else:
-            pieces = [e[key] for e in encoded if key in e]
+            pieces = [e[key] for e in every if key in e]
             sizes = [max(dims) for dims in zip(*(p.shape[:0:-1] for p in pieces), strict=True)]
             inputs[key] = torch.cat([pad(p, [n for size, have in zip(sizes, p.shape[:0:-1])
                                              for n in (0, size - have)]) for p in pieces])
-            image_rows[key] = [len(e.get(key, ())) for e in encoded]
+            image_rows[key] = [len(e.get(key, ())) for e in every]
     return inputs, image_rows
 
 

@@ -21,6 +21,7 @@ class MultimodalBatch:
     pixel_values and extra_model_kwargs go to the model; those of shape (B, L) are token-level, all
     others hold images along dim 0: image_rows[key][p] entries belong to prompt p, and row b shows
     those of prompt_index[b]. Without these two every row has one image, or one grid, of its own.
+    own[b] lists more entries of image_rows, those of row b's later turns.
     """
     input_ids: Tensor                      # (B, L) int64
     attention_mask: Tensor                 # (B, L) 1 = a token, 0 = padding, which is at the end
@@ -31,11 +32,13 @@ class MultimodalBatch:
     extra_model_kwargs: dict[str, Tensor] = field(default_factory=dict)
     prompt_index: Tensor | None = None     # (B,) int64
     image_rows: dict[str, list[int]] = field(default_factory=dict)
+    own: list[list[int]] | None = None
     advantages: Tensor | None = None       # (B,) set by the trainer
 
     def __post_init__(self):
         if self.prompt_index is None:
             self.prompt_index = torch.arange(len(self))
+        self.own = self.own or [[] for _ in range(len(self))]
         for name in PER_TOKEN + ("rewards", "prompt_index", "advantages"):
             given, wanted = getattr(self, name), self.input_ids.shape[:1 + (name in PER_TOKEN)]
             if given is not None and given.shape != wanted:
@@ -63,8 +66,12 @@ class MultimodalBatch:
     def images_of(self, prompts: list[int]) -> dict[str, Tensor]:
         """The image tensors of these prompts, in this order; none where they have no images."""
         pieces = {k: v.split(self.image_rows[k]) for k, v in self.image_tensors().items()}
-        found = {k: torch.cat([v[p] for p in prompts]) for k, v in pieces.items()}
+        found = {k: torch.cat([v[p] for p in prompts]) for k, v in pieces.items() if prompts}
         return {k: v for k, v in found.items() if len(v)}
+
+    def shown(self) -> list[int]:
+        """Of every row, in order: its prompt's entry of image_rows, and its own."""
+        return [i for p, own in zip(self.prompt_index.tolist(), self.own) for i in (p, *own)]
 
     def cut_at(self, token_ids: list[int]) -> "MultimodalBatch":
         """End completions before these: a model looks for the image of a sampled placeholder."""
@@ -74,13 +81,17 @@ class MultimodalBatch:
     def select(self, rows: list[int]) -> "MultimodalBatch":
         """The given rows, trimmed to their longest, with the images of their prompts alone."""
         prompts, prompt_index = self.prompt_index[rows].unique(return_inverse=True)
-        images, width = self.images_of(prompts.tolist()), self.attention_mask[rows].sum(1).max()
+        shown, own = prompts.tolist(), []
+        for row in rows.tolist() if isinstance(rows, Tensor) else rows:
+            own.append([*range(len(shown), len(shown) + len(self.own[row]))])
+            shown += self.own[row]
+        images, width = self.images_of(shown), self.attention_mask[rows].sum(1).max()
         tokens = {key: tensor[rows, :width] for key, tensor in self.token_tensors().items()}
         return MultimodalBatch(
             **{name: getattr(self, name)[rows, :width] for name in PER_TOKEN},
             rewards=self.rewards[rows], prompt_index=prompt_index,
             advantages=None if self.advantages is None else self.advantages[rows],
-            image_rows={k: [self.image_rows[k][p] for p in prompts.tolist()] for k in images},
+            image_rows={k: [self.image_rows[k][p] for p in shown] for k in images}, own=own,
             pixel_values=images.pop("pixel_values", None), extra_model_kwargs=tokens | images)
 
     def micro_batches(self, size: int, ranks: int = 1) -> list["MultimodalBatch"]:
@@ -109,7 +120,7 @@ class MultimodalBatch:
         pair = 1 / (6 * hidden_size)  # in a layer: 4 H flops in attention to a token's 24 H^2
         patches = torch.tensor(self.image_rows.get("pixel_values", [0] * B))  # as much as a token
         once = P * W_p * (1 + W_p * pair) + B * W_c * (1 + (W_p + W_c) * pair) + patches.sum()
-        alone = B * L * (1 + L * pair) + patches[self.prompt_index].sum()
+        alone = B * L * (1 + L * pair) + patches[self.prompt_index].sum() + patches[P:].sum()
         return bool(once < 0.9 * alone)
 
     def fork(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:

@@ -37,11 +37,16 @@ class Environment:
     adapters through `state`. Images are message parts {"type": "image", "image": SOURCE} or
     {"type": "image_url", "image_url": {"url": SOURCE}}, SOURCE as in load_image. A completion's
     reward is the weighted sum of the f(completion, answer, **info), called from any thread.
+
+    With several turns, reply(messages, answer, **info) is called after each completion, with the
+    conversation so far, and returns the next messages, or None at its end. Rewards then get the
+    list of all completions.
     """
     train: Sequence[dict]
     eval: Sequence[dict]
     rewards: Sequence[Callable[..., float]]
     weights: Sequence[float] | None = None  # 1 each
+    reply: Callable[..., list[dict] | None] | None = None
 
     def __post_init__(self):
         names = {getattr(f, "__name__", None) for f in self.rewards} - {None}  # scores' names, too
@@ -66,6 +71,8 @@ class Rollout:
     finish_reason: str                # "stop" or "length"
     images: list[Image.Image]
     encoded: object = None            # what the adapter made of (prompt, images), if it was asked
+    completion_mask: list[int] | None = None  # 0 = not sampled: what the environment replied
+    turns: list[tuple[int, dict]] = ()        # (its place in completion_ids, encoded) of a reply
     finished: float = 0.0             # time.perf_counter()
 
 
@@ -181,19 +188,92 @@ def call(url: str, body: dict | None = None, method: str = "post", *, timeout: f
         time.sleep(pause)
 
 
+class Conversation:
+    """One rollout of several turns, recorded as token ids.
+
+    They go in as they were sampled and served, nothing is tokenised twice: a row is exactly what
+    the policy saw and said. `messages` is the same for environments.
+    """
+
+    def __init__(self, generator: "Generator", prompt: list[dict], seed: str):
+        self.generator, self.seed, self.texts, self.finish_reason = generator, seed, [], ""
+        self.messages, self.prompt_ids, self.urls, self.images = [], None, [], []
+        self.ids, self.sampled, self.logprobs, self.turns = [], [], [], []  # after the prompt
+        self.asked, self.served = [], []  # all tokens, an image as one placeholder; or as many
+        self.encoded, self.new = None, prompt
+
+    def begin(self, new: list[dict]) -> int:
+        """Take the next messages in; how many of their tokens the last answer ended with."""
+        adapter = self.generator.adapter
+        new, images = render_prompt(new)
+        ids = adapter.tokens(new, self.messages)
+        overlap = int(self.asked[-1:] == ids[:1])  # the end of turn, if it was sampled
+        self.encoded = adapter.encode(new, images, self.messages)
+        self.messages, self.images = self.messages + new, self.images + images
+        self.urls += [part["image_url"]["url"] for m in new for part in m["content"]
+                      if isinstance(part, dict) and part["type"] == "image_url"]
+        self.asked += ids[overlap:]
+        return overlap
+
+    def say(self, new: list[dict]) -> str:
+        """The policy's answer to the next messages, images among them or not."""
+        overlap = self.begin(new)
+        seed = random.Random(f"{self.seed}-{len(self.texts)}").getrandbits(60)
+        reply = self.generator.call("inference/v1/generate", {
+            "token_ids": self.asked, "return_token_ids": True,
+            "cache_salt": f"{self.seed}-{len(self.texts)}",  # a hit would change the last bits
+            "content_parts": [{"type": "image_url", "url": url} for url in self.urls] or None,
+            "sampling_params": {**self.generator.sampling, "seed": seed}})
+        choice, tokenizer = reply["choices"][0], self.generator.adapter.processor.tokenizer
+        text = tokenizer.decode(choice["token_ids"], skip_special_tokens=True)
+        found = {"completion_ids": choice["token_ids"], "finish_reason": choice["finish_reason"],
+                 "completion_logprobs": [t["logprob"] for t in choice["logprobs"]["content"]]}
+        return self.hear(reply["prompt_token_ids"], found, text, overlap)
+
+    def hear(self, served: list[int], found: dict, text: str, overlap: int | None = None) -> str:
+        """Record an answer: to say, or, without overlap, one that was sampled by other means."""
+        if overlap is None:
+            overlap = self.begin(self.new)
+        known, said = len(self.served), found["completion_ids"]
+        between, encoded = served[known:], self.encoded
+        if served[:known] != self.served or between != encoded["input_ids"][0, overlap:].tolist():
+            raise ValueError(f"turn {len(self.texts) + 1}: processor and server differ")
+        if self.prompt_ids is None:
+            self.prompt_ids, self.first = served, encoded
+        else:
+            self.turns.append((len(self.ids), {
+                key: tensor[:, overlap:] if tensor.shape == encoded["input_ids"].shape else tensor
+                for key, tensor in encoded.items()}))
+            self.ids, self.sampled = self.ids + between, self.sampled + [0] * len(between)
+            self.logprobs += [0.0] * len(between)
+        self.ids, self.sampled = self.ids + said, self.sampled + [1] * len(said)
+        self.logprobs += found["completion_logprobs"]
+        self.asked, self.served = self.asked + said, served + said
+        self.texts.append(text)
+        self.messages = self.messages + [{"role": "assistant", "content": text}]
+        self.finish_reason = found["finish_reason"]
+        return text
+
+    def found(self) -> dict:
+        """For Generator.score and Rollout."""
+        return {"completion": self.texts, "completion_ids": self.ids, "turns": self.turns,
+                "completion_logprobs": self.logprobs, "completion_mask": self.sampled,
+                "finish_reason": self.finish_reason}
+
+
 class Generator:
     """Rolls out an environment's prompts on a vLLM OpenAI server, one request per prompt.
 
-    config: MultimodalRLConfig; banned: token ids never sampled; encode(prompt, images) is called
-    once per prompt, while others are still being sampled.
+    config: MultimodalRLConfig; banned: token ids never sampled; the adapter, if it has a processor,
+    encodes prompts and later turns while others are still being sampled.
     """
 
-    def __init__(self, environment: Environment, config, banned: list[int] = (),
-                 encode: Callable | None = None):
-        self.environment, self.config, self.encode = environment, config, encode
+    def __init__(self, environment: Environment, config, banned: list[int] = (), adapter=None):
+        self.environment, self.config, self.adapter = environment, config, adapter
         self.url = config.url
         self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
-        atexit.register(self.pool.terminate)
+        self.later = ThreadPool(config.max_concurrent if environment.reply else 1)  # conversations
+        atexit.register(lambda: (self.pool.terminate(), self.later.terminate()))
         # The sampling distribution must be the softmax that the trainer differentiates. By itself
         # the server applies the model's generation_config.json (top_k=1 in Qwen2-VL's).
         self.request = {"model": self.call("v1/models", method="get")["data"][0]["id"],
@@ -201,6 +281,9 @@ class Generator:
                         "temperature": config.temperature, "max_tokens": config.max_tokens,
                         "logit_bias": {str(i): -100 for i in banned}, "return_token_ids": True,
                         "logprobs": True}
+        self.sampling = {key: self.request[key] for key in (
+            "top_p", "top_k", "min_p", "repetition_penalty", "temperature", "max_tokens",
+            "logit_bias")} | {"logprobs": 1}
 
     def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
         return call(f"{self.url}/{route}", body, method, timeout=self.config.generation_timeout)
@@ -266,12 +349,36 @@ class Generator:
         shared = {"prompt": row["prompt"], "answer": row.get("answer", ""), "example_id": index,
                   "info": row.get("info") or {}, "state": {"image_url": url, **row},
                   "images": images, "prompt_ids": reply["prompt_token_ids"],
-                  "encoded": self.encode(row["prompt"], images) if self.encode else None}
-        return [self.score(choice, shared) for choice in reply["choices"]]
+                  "encoded": self.adapter and self.adapter.encode(row["prompt"], images)}
+        first = [{"completion": choice["message"]["content"] or "",
+                  "completion_ids": choice["token_ids"], "finish_reason": choice["finish_reason"],
+                  "completion_logprobs": [t["logprob"] for t in choice["logprobs"]["content"]]}
+                 for choice in reply["choices"]]
+        if self.environment.reply:
+            jobs = [(found, shared, f"{self.config.seed}-{seed + i}")
+                    for i, found in enumerate(first)]
+            return self.later.starmap(self.converse, jobs, chunksize=1)
+        return [self.score(found, shared) for found in first]
 
-    def score(self, choice: dict, shared: dict) -> Rollout | Exception:
+    def converse(self, found: dict, shared: dict, seed: str) -> "Rollout | Exception":
+        """The further turns of a first completion, scored; or the exception that ended them."""
+        try:
+            talk = Conversation(self, shared["prompt"], seed)
+            talk.hear(shared["prompt_ids"], found, found["completion"])
+            while talk.finish_reason == "stop":
+                new = self.environment.reply(talk.messages, shared["answer"], **shared["info"])
+                if not new:
+                    break
+                talk.say(new)
+            return self.score(talk.found(), shared)
+        except ServerError:
+            raise
+        except Exception as error:
+            return error
+
+    def score(self, found: dict, shared: dict) -> Rollout | Exception:
         """One completion with its reward, or what a reward function raised."""
-        text, rewards = choice["message"]["content"] or "", self.environment.rewards
+        text, rewards = found["completion"], self.environment.rewards
         try:
             scores = {f.__name__: f(text, shared["answer"], **shared["info"]) for f in rewards}
             if not all(map(math.isfinite, scores.values())):
@@ -280,8 +387,9 @@ class Generator:
             return error
         weights = self.environment.weights or [1.0] * len(scores)
         return Rollout(
-            completion=text, completion_ids=choice["token_ids"], finished=time.perf_counter(),
-            completion_logprobs=[t["logprob"] for t in choice["logprobs"]["content"]],
-            finish_reason=choice["finish_reason"],
+            **found, finished=time.perf_counter(),
             reward=float(sum(w * x for w, x in zip(weights, scores.values(), strict=True))),
             metrics={name: float(x) for name, x in scores.items()}, **shared)
+
+
+Environment.generator = Generator  # what rolls it out

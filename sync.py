@@ -33,6 +33,7 @@ def server_command(config) -> list[str]:
     """vLLM's OpenAI server for RL; any flag of its by [inference.args], as JSON or --no-."""
     flags = {"model": config.model, "port": config.vllm_server_port, "host": "127.0.0.1",
              "logprobs_mode": "processed_logprobs",
+             "enable_scale_out": True,  # prompts as token ids, for later turns
              "weight_transfer_config": {"backend": config.backend.replace("gloo", "nccl")}}
     if not config.server_gpus:  # vLLM 0.32 crashes when a CPU chunks a prefill that has a seed
         flags |= {"worker_extension_cls": "sync.GlooWorker", "enable_chunked_prefill": False}

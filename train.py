@@ -192,7 +192,7 @@ class Policy(torch.nn.Module):
         """(N, H), the state before each token in the loss, every row with its own prompt."""
         hidden = self.model.base_model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
-            **batch.token_tensors(), **batch.images_of(batch.prompt_index.tolist()))
+            **batch.token_tensors(), **batch.images_of(batch.shown()))
         return hidden.last_hidden_state[:, :-1][batch.loss_mask[:, 1:].bool()]
 
     def forked_states(self, batch: MultimodalBatch) -> Tensor:
@@ -202,25 +202,35 @@ class Policy(torch.nn.Module):
         it and add up. Prompts are padded on the left: their last state is before all first tokens.
         """
         index, (prompts, completions, trained) = batch.prompt_index, batch.fork()
-        images, positions = batch.image_tensors(), self.positions(batch, prompts)
+        own, shared = sum(batch.own, []), [*range(max(index.tolist()) + 1)]
+        images, positions = batch.images_of(shared), self.positions(prompts, batch, shared)
         prompt = self.model.base_model(**prompts, **images, position_ids=positions, use_cache=True)
         prompt.past_key_values.batch_select_indices(index)
         length = trained.shape[1]  # the state of the last token is before nothing
         inputs = {key: tensor[:, :max(length - 1, 1)] for key, tensor in completions.items()}
-        positions = positions[..., index, -1:] + inputs["attention_mask"].cumsum(1)  # +1, +2, ...
+        if own:  # images among the completions: count in whole rows, and cut
+            rows = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            whole = self.positions(rows | batch.token_tensors(), batch, batch.shown())
+            start = (batch.attention_mask * (batch.loss_mask.cumsum(1) == 0)).sum(1, keepdim=True)
+            at = start + torch.arange(inputs["input_ids"].shape[1], device=start.device)
+            at = at.clamp(max=whole.shape[-1] - 1).expand(*whole.shape[:-1], -1)
+            positions = whole.gather(-1, at)
+        else:
+            positions = positions[..., index, -1:] + inputs["attention_mask"].cumsum(1)  # +1, ...
         inputs["attention_mask"] = torch.cat(
             [prompts["attention_mask"][index], inputs["attention_mask"]], 1)
         completion = self.model.base_model(**inputs, position_ids=positions, use_cache=True,
-                                           past_key_values=prompt.past_key_values)
+                                           past_key_values=prompt.past_key_values,
+                                           **batch.images_of(own))
         before_first = prompt.last_hidden_state[index, -1:]  # (b, 1, H)
         return torch.cat([before_first, completion.last_hidden_state], 1)[:, :length][trained]
 
-    def positions(self, batch: MultimodalBatch, prompts: dict[str, Tensor]) -> Tensor:
+    def positions(self, prompts: dict[str, Tensor], batch: MultimodalBatch, shown) -> Tensor:
         """(P, W_p), or (3, P, W_p) of an M-RoPE model, which counts by itself."""
         count = getattr(self.model.base_model, "get_rope_index", None)
         if count is None or len(prompts) == 2:  # no token types: no images
             return (prompts["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        grids = {key: grid for key, grid in batch.image_tensors().items() if "_thw" in key}
+        grids = {key: grid for key, grid in batch.images_of(shown).items() if "_thw" in key}
         return count(**prompts, **grids)[0]
 
 
@@ -323,9 +333,9 @@ class MultimodalGRPOTrainer:
         def attempts():
             for left in reversed(range(ATTEMPTS)):
                 try:
-                    self.generator = self.generator or Generator(
+                    self.generator = self.generator or self.environment.generator(
                         self.environment, self.config, self.banned,
-                        self.adapter.processor and self.adapter.encode)
+                        self.adapter if self.adapter.processor else None)
                     has, every = self.server.version, self.config.sync_to_vllm_every
                     if every and (has is None or has < self.step // every * every):
                         start = time.perf_counter()
