@@ -23,10 +23,10 @@ from models.tiny_qwen2_vl import make_model, make_processor
 
 OUT = Path(__file__).with_name("tiny-grid-vl")
 SIZE = 3              # cells of a board, each way
-LONG_STEPS, PICTURES = 300, 8       # conversations, once single pictures are understood
-SHORT_STEPS, BATCH = 400, 64        # pictures per step
+LONG_STEPS, PICTURES = 250, 8       # conversations, once single pictures are understood
+SHORT_STEPS, BATCH = 300, 64        # pictures per step
 LEARNING_RATE = 2e-3
-ROPE_THETA = 10.0
+ROPE_THETA = 4.0
 
 TEXT = ["system\nYou are a helpful assistant.", "user\n", "assistant\n",
         QUESTION, "Where is red?", "Where is green?", *MOVES]
