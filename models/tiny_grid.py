@@ -8,8 +8,9 @@ it was told a move that was drawn at random, whatever the picture showed: it kno
 and starts as a random walk. What leads where is left to RL.
 
 One number decides whether so small a model sees places at all. M-RoPE gives the columns of a
-picture the lowest frequencies of a head: with Qwen's base of 10,000 and 16 of them, a cell turns
-them by 0.003 at most, and cells look alike. A base of 10 turns them by 0.24.
+picture the lowest frequencies of a head. With Qwen's base of 10,000 and heads of 32, a step of one
+column turns them by 0.003 radians at most, and all columns look alike; a base of 4 turns them by
+0.42.
 The same versions of the libraries on the same CPU write the same bytes.
 """
 import random
@@ -23,8 +24,8 @@ from models.tiny_qwen2_vl import make_model, make_processor
 
 OUT = Path(__file__).with_name("tiny-grid-vl")
 SIZE = 3              # cells of a board, each way
-LONG_STEPS, PICTURES = 250, 8       # conversations, once single pictures are understood
-SHORT_STEPS, BATCH = 300, 64        # pictures per step
+LONG_STEPS, PICTURES = 250, 8  # conversations, once single pictures are understood
+SHORT_STEPS, BATCH = 300, 64    # pictures per step
 LEARNING_RATE = 2e-3
 ROPE_THETA = 4.0
 
