@@ -97,6 +97,8 @@ class MultimodalRLConfig:
     def __post_init__(self):
         for key in fields(self):
             check_value(key.name, key.type, getattr(self, key.name))
+        flags = {flag.replace("-", "_"): value for flag, value in self.inference_args.items()}
+        object.__setattr__(self, "inference_args", flags)  # however they are written
         self.check_batch()
         self.check_server()
         self.check_folder()

@@ -215,8 +215,8 @@ def template_options(server_args: Mapping) -> dict:
 
 
 def as_table(server_args: Mapping, name: str) -> dict:
-    """A flag's table; flag and table may be written as on vLLM's command line, as JSON."""
-    table = server_args.get(name, server_args.get(name.replace("_", "-")))
+    """A flag's table, which may be written as on vLLM's command line, as JSON."""
+    table = server_args.get(name)
     try:
         if isinstance(table, str):
             table = json.loads(table)
@@ -227,7 +227,7 @@ def as_table(server_args: Mapping, name: str) -> dict:
 
 def server_template(server_args: Mapping) -> str | None:
     """The chat template that the server is told to use, by a file or as it is, if it is."""
-    template = server_args.get("chat_template", server_args.get("chat-template"))
+    template = server_args.get("chat_template")
     if template and "{" not in template:
         template = Path(template).read_text()
     return template

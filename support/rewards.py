@@ -10,7 +10,8 @@ LOCK, LOOPS = threading.Lock(), []  # the event loops of async rewards; the last
 PATIENCE = 30  # seconds until a loop that an async reward holds up is given up
 
 
-def scores(environment, completion: str | list[dict], answer, info: dict) -> tuple[float, dict[str, float]]:
+def scores(environment, completion: str | list[dict], answer,
+           info: dict) -> tuple[float, dict[str, float]]:
     """The weighted sum of the rewards of a completion, and each of them by its name.
 
     Each function is given copies of answer and info: what it does to them reaches no other.

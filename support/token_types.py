@@ -1,5 +1,4 @@
 """What some models must be told beside the token ids: which of the tokens are images."""
-import copy
 import inspect
 
 import torch
@@ -22,6 +21,4 @@ def with_token_types(batch: MultimodalBatch, model) -> MultimodalBatch:
         token_id = getattr(model.config, f"{kind}_token_id", None)
         if token_id is not None:
             types[batch.input_ids == token_id] = number
-    complete = copy.copy(batch)
-    complete.extra_model_kwargs = {**given, "mm_token_type_ids": types}
-    return complete
+    return batch.with_fields(extra_model_kwargs={**given, "mm_token_type_ids": types})

@@ -29,9 +29,9 @@ def server_command(config) -> list[str]:
              "enable_scale_out": True}  # the route for token ids, by which later turns go
     if config.server_gpus == 0:
         flags["enable_chunked_prefill"] = False  # with a seed it crashes vLLM 0.32 on CPUs
-    elif "data_parallel_size" not in own_flags(config):
+    elif "data_parallel_size" not in config.inference_args:
         flags["tensor_parallel_size"] = config.server_gpus
-    flags |= own_flags(config)
+    flags |= config.inference_args
     flags.pop("chat_template_kwargs", None)  # no flag: every request says them
     flags.pop("api_key", None)  # which other users would read here; see start
     # The last middleware is the outermost one: nothing of the server is reached before it.
@@ -62,19 +62,14 @@ def start(config, log: Path) -> subprocess.Popen:
            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1" if config.backend == "ipc" else "0"}
     if config.server_gpus > 0:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(entries_at(0, config.server_gpus))
-    if "api_key" in own_flags(config):
-        env["VLLM_API_KEY"] = os.environ["VLLM_API_KEY"] = own_flags(config)["api_key"]
+    if "api_key" in config.inference_args:
+        env["VLLM_API_KEY"] = os.environ["VLLM_API_KEY"] = config.inference_args["api_key"]
     with open(log, "w") as out:
         process = subprocess.Popen(["sh", "-c", GUARD, "sh", *server_command(config)], env=env,
                                    stdout=out, stderr=out, stdin=subprocess.PIPE,
                                    start_new_session=True)
     os.register_at_fork(after_in_child=process.stdin.close)  # only our own end counts
     return process
-
-
-def own_flags(config) -> dict:
-    """[inference.args] with underscores, however they are written."""
-    return {flag.replace("-", "_"): value for flag, value in config.inference_args.items()}
 
 
 def check_port(config) -> None:
