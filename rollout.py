@@ -49,7 +49,8 @@ class Environment:
 
     An environment that answers has a play(say, completion, answer, **info), which goes on from the
     first completion: say(messages) sends messages of the environment, with images or without, and
-    returns the policy's next completion. Rewards are then given the messages after the prompt, and
+    returns the policy's next completion; with say(messages, anew=True) the policy sees these alone,
+    and nothing of what was said before. Rewards are then given the messages after the prompt, and
     what play returned, a dict or None, as further info. The conversation ends where play does, or
     in a say() for which no turn (max_turns) or no room (max_model_len) is left.
     """
@@ -78,7 +79,10 @@ class Reply:
 
 @dataclass
 class Rollout:
-    """One completion of one prompt, or one conversation from it, as sampled and scored."""
+    """One completion of one prompt, or one conversation from it, as sampled and scored.
+
+    A conversation that began anew has a Rollout for each stretch, with the same reward.
+    """
     prompt: list[dict]
     completion: str | list[dict]      # of a conversation: the messages after the prompt
     answer: str
@@ -119,7 +123,10 @@ class Failure:
 
 @dataclass
 class GenerateOutputs:
-    """The rollouts of a step: a list for each field of Rollout, by attribute or by key."""
+    """The rollouts of a step: a list for each field of Rollout, by attribute or by key.
+
+    Stretches of one conversation stand side by side, and have the same number in `conversation`.
+    """
     prompt: list[list[dict]] = field(default_factory=list)
     completion: list[str] = field(default_factory=list)
     answer: list[str] = field(default_factory=list)
@@ -138,6 +145,7 @@ class GenerateOutputs:
     completion_mask: list[list[int]] = field(default_factory=list)
     completion_versions: list[list[int | None]] = field(default_factory=list)
     replies: list[list[Reply]] = field(default_factory=list)
+    conversation: list[int] = field(default_factory=list)  # from 0; by default each is its own
     advantage: list[float] = field(default_factory=list)  # set by the trainer
     dropped: list[str] = field(default_factory=list)  # why some completions are missing
     weight_version: int = 0  # the step whose weights sampled these
@@ -149,22 +157,36 @@ class GenerateOutputs:
         self.completion_versions = (self.completion_versions
                                     or [[None] * len(ids) for ids in self.completion_ids])
         self.replies = self.replies or [[] for _ in self.completion_ids]
+        self.conversation = self.conversation or list(range(len(self.completion_ids)))
 
     @classmethod
     def from_rollouts(cls, rollouts: list[Rollout], dropped: Sequence[str] = ()):
         """At least one rollout; all of them scored by the same reward functions."""
+        return cls.from_conversations([[rollout] for rollout in rollouts], dropped)
+
+    @classmethod
+    def from_conversations(cls, conversations: list[list[Rollout]], dropped: Sequence[str] = ()):
+        """The same of conversations, each of which is a list of its stretches."""
+        rollouts = [rollout for stretches in conversations for rollout in stretches]
         columns = {f.name: [getattr(rollout, f.name) for rollout in rollouts]
                    for f in fields(Rollout)}
         columns["metrics"] = {name: [rollout.metrics[name] for rollout in rollouts]
                               for name in rollouts[0].metrics}
-        return cls(**columns, dropped=list(dropped))
+        numbers = [number for number, stretches in enumerate(conversations) for _ in stretches]
+        return cls(**columns, conversation=numbers, dropped=list(dropped))
+
+    def first_rows(self) -> list[int]:
+        """The first row of each conversation; most conversations have one row."""
+        return [row for row, number in enumerate(self.conversation)
+                if row == 0 or number != self.conversation[row - 1]]
 
     def means(self, prefix: str = "") -> dict[str, float]:
-        """Of the reward, and of each reward function, whose names get the prefix."""
-        columns = {"reward": self.reward}
+        """Over conversations, of the reward and of each reward function, whose names get the prefix."""
+        rows, columns = self.first_rows(), {"reward": self.reward}
         for name, values in self.metrics.items():
             columns[prefix + name] = values
-        return {name: sum(values) / len(values) for name, values in columns.items()}
+        return {name: sum(values[row] for row in rows) / len(rows)
+                for name, values in columns.items()}
 
     def staleness(self, step: int) -> list[int]:
         """By how many steps the policy that sampled each token is older than that of this step.
@@ -235,32 +257,35 @@ class ConversationOver(Exception):
     """Nothing more can be said: the turns or the context are used up."""
 
 
-class Conversation:
-    """A rollout of several turns, recorded as token ids.
+@dataclass
+class Stretch:
+    """A part of a conversation from which nothing is taken back: what is trained as one row.
 
     Completions stay as they were sampled, and all else as it was served: nothing is rendered or
-    tokenised again, and so the row that is trained is exactly what the policy saw and said.
-    `messages` says the same to environments.
+    tokenised again. `messages` says the same to environments.
     """
+    prompt: list[dict]
+    images: list[Image.Image]  # of the prompt
+    encoded: object            # what the adapter made of it
+    prompt_ids: list[int]      # as served: an image is all of its tokens
+    asked: list[int]           # all that was said, as the server is asked: an image is one token
+    urls: list[str]            # of all images so far
+    messages: list[dict] = field(default_factory=list)
+    completion_ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int | None] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
+    finish_reason: str = ""
 
-    def __init__(self, generator: "Generator", shared: dict, urls: list[str], choice: dict,
-                 seed: int):
-        self.generator, self.adapter, self.seed = generator, generator.adapter, seed
-        self.messages = list(shared["prompt"])
-        self.urls = list(urls)                                    # of all images so far
-        self.asked = self.adapter.token_ids(self.messages)        # an image is one placeholder
-        self.served = list(shared["prompt_ids"])                  # an image is all of its tokens
-        self.completion_ids, self.completion_mask, self.logprobs = [], [], []
-        self.versions = []                                        # of completion_ids
-        self.replies = []
-        self.turns = 0
-        self.hear(choice)
+    def __post_init__(self):
+        self.messages = list(self.prompt)
 
-    def hear(self, choice: dict) -> str:
-        """Add a completion; its text."""
+    def hear(self, choice: dict, text: str) -> None:
+        """Add a completion."""
         ids = choice["token_ids"]
         self.completion_ids += ids
-        self.completion_mask += [1] * len(ids)
+        self.mask += [1] * len(ids)
         self.logprobs += logprobs_of(choice)
         versions = [None] * len(ids)
         for span in choice.get("weight_versions") or ():  # of vLLM's route for token ids alone
@@ -268,47 +293,89 @@ class Conversation:
                 versions[place] = step_of(span["version"])
         self.versions += versions
         self.asked += ids
-        self.served += ids
-        self.turns += 1
         self.finish_reason = choice["finish_reason"]
-        text = self.generator.text(choice)
         self.messages.append({"role": "assistant", "content": text})
+
+    def add_reply(self, messages: list[dict], images: list, encoded: dict, ids: list[int]) -> None:
+        """Add what the environment said; the ids are the served ones."""
+        start = len(self.completion_ids)
+        self.replies.append(Reply(start, start + len(ids), images, encoded))
+        self.completion_ids += ids
+        self.mask += [0] * len(ids)
+        self.logprobs += [0.0] * len(ids)
+        self.versions += [None] * len(ids)
+        self.messages += messages
+
+    def fields(self) -> dict:
+        """Those of a Rollout."""
+        return {"prompt": self.prompt, "images": self.images, "encoded": self.encoded,
+                "prompt_ids": self.prompt_ids, "completion": self.messages[len(self.prompt):],
+                "completion_ids": self.completion_ids, "completion_mask": self.mask,
+                "completion_logprobs": self.logprobs, "completion_versions": self.versions,
+                "replies": self.replies, "finish_reason": self.finish_reason}
+
+
+class Conversation:
+    """A rollout of several turns, recorded as token ids, in one stretch or several."""
+
+    def __init__(self, generator: "Generator", shared: dict, urls: list[str], choice: dict,
+                 seed: int):
+        self.generator, self.adapter, self.seed = generator, generator.adapter, seed
+        self.stretches = [Stretch(shared["prompt"], shared["images"], shared["encoded"],
+                                  list(shared["prompt_ids"]),
+                                  self.adapter.token_ids(shared["prompt"]), list(urls))]
+        self.turns = 0
+        self.said = []  # all messages after the first prompt
+        self.hear(choice)
+
+    def hear(self, choice: dict) -> str:
+        """Add a completion; its text."""
+        text = self.generator.text(choice)
+        self.stretches[-1].hear(choice, text)
+        self.said.append(self.stretches[-1].messages[-1])
+        self.turns += 1
         return text
 
-    def say(self, messages: list[dict]) -> str:
-        """The policy's completion after these messages; ConversationOver if there cannot be one."""
-        generator = self.generator
+    def say(self, messages: list[dict], anew: bool = False) -> str:
+        """The policy's completion after these messages; ConversationOver if there cannot be one.
+
+        With anew they are all that the policy sees: another stretch begins.
+        """
+        generator, last = self.generator, self.stretches[-1]
         if self.turns == generator.config.max_turns:
             raise ConversationOver(f"max_turns = {self.turns}")
         messages = clean_prompt(messages, reserved=generator.reserved)
         rendered, images = render_prompt(messages)
-        encoded = self.adapter.encode(messages, images, self.messages)
-        length = len(self.served) + encoded["input_ids"].shape[1] + generator.config.max_tokens
+        urls = image_urls(rendered)
+        history, known, asked = [], [], []
+        if not anew:
+            history, asked = last.messages, last.asked
+            known = last.prompt_ids + last.completion_ids
+            urls = last.urls + urls
+        encoded = self.adapter.encode(messages, images, history)
+        length = len(known) + encoded["input_ids"].shape[1] + generator.config.max_tokens
         if length > generator.max_model_len:
             raise ConversationOver(f"{length} tokens, max_model_len {generator.max_model_len}")
-        ids = self.adapter.token_ids(messages, self.messages)
-        if self.asked[-1] == ids[0]:  # the end of the turn, which the policy has sampled itself
+        ids = self.adapter.token_ids(messages, history)
+        if asked and asked[-1] == ids[0]:  # the end of the turn, which the policy itself sampled
             ids = ids[1:]
-        urls = self.urls + image_urls(rendered)
+        asked = asked + ids
         with without_limit():  # of the environment's time
-            reply = generator.generate(self.asked + ids, urls, self.seed, self.turns)
+            reply = generator.generate(asked, urls, self.seed, self.turns)
         # Nothing may be changed of what was served before, nor an image be left out of it.
-        served, known = reply["prompt_token_ids"], len(self.served)
+        served = reply["prompt_token_ids"]
         placed = len((reply.get("mm_placeholders") or {}).get("image", ()))
-        if served[:known] != self.served or placed != len(urls):
+        if served[:len(known)] != known or placed != len(urls):
             raise ValueError(f"turn {self.turns + 1}: the server read the conversation otherwise, "
                              f"with {placed} of {len(urls)} images")
-        new = served[known:]
-        encoded = self.adapter.as_served(encoded, new, is_reply=True)
-        start = len(self.completion_ids)
-        self.replies.append(Reply(start, start + len(new), images, encoded))
-        self.completion_ids += new
-        self.completion_mask += [0] * len(new)
-        self.logprobs += [0.0] * len(new)
-        self.versions += [None] * len(new)
-        self.asked += ids
-        self.served, self.urls = served, urls
-        self.messages += messages
+        new = served[len(known):]
+        encoded = self.adapter.as_served(encoded, new, is_reply=not anew)
+        if anew:
+            self.stretches.append(Stretch(messages, images, encoded, new, asked, urls))
+        else:
+            last.add_reply(messages, images, encoded, new)
+            last.asked, last.urls = asked, urls
+        self.said += messages
         return self.hear(reply["choices"][0])
 
 
@@ -379,20 +446,23 @@ class Generator:
 
         ServerError if the server is lost or hangs, RuntimeError if more than max_dropped failed.
         """
-        rollouts, failures = [], []
+        conversations, failures = [], []
         for job, result in zip(pending.jobs, pending.results, strict=True):
-            group = self.finish(job, result)
-            rollouts += [entry for entry in group if isinstance(entry, Rollout)]
-            failures += [entry for entry in group if isinstance(entry, Failure)]
+            for entry in self.finish(job, result):
+                if isinstance(entry, Failure):
+                    failures.append(entry)
+                else:
+                    conversations.append(entry)
         if any(isinstance(failure.error, requests.Timeout) for failure in failures):
             self.check_engine()
-        share = len(failures) / (len(failures) + len(rollouts))
-        if not rollouts or share > self.config.max_dropped:
+        share = len(failures) / (len(failures) + len(conversations))
+        if not conversations or share > self.config.max_dropped:
             last = failures[-1]
             raise RuntimeError(
-                f"{self.url}: {len(failures)} completions failed and {len(rollouts)} did not (see "
-                f"max_dropped); the last: {last}") from last.error
-        return GenerateOutputs.from_rollouts(rollouts, [str(failure) for failure in failures])
+                f"{self.url}: {len(failures)} completions failed and {len(conversations)} did not "
+                f"(see max_dropped); the last: {last}") from last.error
+        dropped = [str(failure) for failure in failures]
+        return GenerateOutputs.from_conversations(conversations, dropped)
 
     def check_engine(self) -> None:
         """ServerError if no token can be sampled, which the health route does not notice."""
@@ -401,8 +471,8 @@ class Generator:
         except requests.Timeout as error:
             raise ServerError(f"{self.url} hangs: {error}") from error
 
-    def finish(self, job: Job, result: AsyncResult) -> list[Rollout | Failure]:
-        """What became of each completion of a job.
+    def finish(self, job: Job, result: AsyncResult) -> list[list[Rollout] | Failure]:
+        """What became of each completion of a job: its stretches, or why there are none.
 
         Rewards that hang are given up generation_timeout after the completions were sampled.
         """
@@ -419,7 +489,7 @@ class Generator:
         group = list(group)  # a reward that hangs may add to it later
         return group + [Failure(job.index, error)] * (job.n - len(group))
 
-    def group(self, job: Job) -> tuple[list[Rollout | Failure], Task]:
+    def group(self, job: Job) -> tuple[list[list[Rollout] | Failure], Task]:
         """Sample all completions of one prompt; (those that are scored so far, the scoring).
 
         What others wrote (rows, rewards) runs in threads of its own: if it hangs, the pool does not
@@ -469,37 +539,36 @@ class Generator:
             except TimeoutError as error:
                 group.append(Failure(job.index, error))
 
-    def answer(self, choice: dict, shared: dict) -> tuple[dict, dict]:
-        """(the fields of the Rollout of a single completion, no further info)."""
-        return {"completion": self.text(choice), "completion_ids": choice["token_ids"],
-                "completion_logprobs": logprobs_of(choice),
-                "finish_reason": choice["finish_reason"],
-                "state": {"message": choice["message"], **shared["state"]}}, {}
+    def answer(self, choice: dict, shared: dict) -> tuple[str, list[dict], dict]:
+        """(a completion, the fields of its Rollout, no further info)."""
+        text = self.text(choice)
+        return text, [{"completion": text, "completion_ids": choice["token_ids"],
+                       "completion_logprobs": logprobs_of(choice),
+                       "finish_reason": choice["finish_reason"],
+                       "state": {"message": choice["message"], **shared["state"]}}], {}
 
-    def play(self, choice: dict, shared: dict, urls: list[str], seed: int) -> tuple[dict, dict]:
-        """(the fields of the Rollout of a conversation, what the environment found in it)."""
+    def play(self, choice: dict, shared: dict, urls: list[str],
+             seed: int) -> tuple[list[dict], list[dict], dict]:
+        """(a conversation, the fields of its Rollouts, what the environment found in it)."""
         talk, found = Conversation(self, shared, urls, choice, seed), None
         with contextlib.suppress(ConversationOver):
-            found = self.environment.play(talk.say, talk.messages[-1]["content"],
+            found = self.environment.play(talk.say, talk.said[0]["content"],
                                           copied(shared["answer"]), **copied(shared["info"]))
-        return {"completion": talk.messages[len(shared["prompt"]):],
-                "completion_ids": talk.completion_ids, "completion_mask": talk.completion_mask,
-                "completion_logprobs": talk.logprobs, "completion_versions": talk.versions,
-                "replies": talk.replies,
-                "finish_reason": talk.finish_reason}, found or {}
+        return talk.said, [stretch.fields() for stretch in talk.stretches], found or {}
 
-    def score(self, roll_out: Callable, shared: dict) -> Rollout | Failure:
+    def score(self, roll_out: Callable, shared: dict) -> list[Rollout] | Failure:
         """What roll_out() gives, with its reward; or why there is none."""
         try:
-            fields, found = roll_out()
+            completion, stretches, found = roll_out()
             info = {**shared["info"], **found}
-            reward, metrics = scores(self.environment, fields["completion"], shared["answer"], info)
+            reward, metrics = scores(self.environment, completion, shared["answer"], info)
         except ServerError:
             raise
         except BaseException as error:  # what environments are made of can fail in any way
             return Failure(shared["example_id"], error)
-        return Rollout(**{**shared, **fields, "info": info}, reward=reward, metrics=metrics,
-                       finished=time.perf_counter())
+        finished = time.perf_counter()
+        return [Rollout(**{**shared, **fields, "info": info}, reward=reward, metrics=metrics,
+                        finished=finished) for fields in stretches]
 
     def generate(self, token_ids: list[int], image_urls: list[str], seed: int, turn: int) -> dict:
         """A later turn's completion, by token ids; like first turns, max_concurrent at a time."""

@@ -219,8 +219,10 @@ class MultimodalGRPOTrainer:
             truncated = [reason == "length" for reason in outputs.finish_reason]
             batch.loss_mask[torch.tensor(truncated)] = 0
         if batch.advantages is None:  # else an adapter has its own
-            batch.advantages = group_advantages(batch.rewards, torch.tensor(outputs.groups()),
-                                                self.config.divide_by_std)
+            first, groups = outputs.first_rows(), torch.tensor(outputs.groups())
+            advantages = group_advantages(batch.rewards[first], groups[first],
+                                          self.config.divide_by_std)
+            batch.advantages = advantages[outputs.conversation]  # each stretch has that of the whole
         outputs.advantage = batch.advantages.tolist()
         return batch
 
@@ -304,7 +306,8 @@ class MultimodalGRPOTrainer:
         lengths = [float(len(ids)) for ids in outputs.completion_ids]
         trained_groups = len(groups[batch.advantages != 0].unique())
         return {**outputs.means("reward/"), "tokens": batch.loss_mask.sum().item(),
-                "reward_std": batch.rewards.std(correction=0).item(),
+                "reward_std": batch.rewards[outputs.first_rows()].std(correction=0).item(),
+                "rewritten_histories": len(outputs) - len(outputs.first_rows()),
                 "zero_advantage_groups": 1 - trained_groups / len(groups.unique()),
                 "completion_length": statistics.mean(lengths),
                 "completion_length_max": max(lengths), "dropped": len(outputs.dropped),

@@ -78,11 +78,20 @@ class Records:
                      "answer": outputs.answer[first],
                      "images": write_images(folder, f"{name}", outputs.images[first]),
                      "completions": []}
+            firsts = set(outputs.first_rows())
             for number, row in enumerate(rows):
-                group["completions"].append({
-                    "turns": write_turns(folder, f"{name}-{number}", outputs, row, tokenizer),
-                    "reward": outputs.reward[row], "advantage": outputs.advantage[row],
-                    "finish_reason": outputs.finish_reason[row]})
+                label = f"{name}-{number}"
+                turns = write_turns(folder, label, outputs, row, tokenizer)
+                if row in firsts:
+                    group["completions"].append({
+                        "turns": turns, "reward": outputs.reward[row],
+                        "advantage": outputs.advantage[row],
+                        "finish_reason": outputs.finish_reason[row]})
+                else:  # another stretch of the same conversation
+                    anew = {"anew": tokenizer.decode(outputs.prompt_ids[row]),
+                            "images": write_images(folder, label, outputs.images[row])}
+                    group["completions"][-1]["turns"] += [anew, *turns]
+                    group["completions"][-1]["finish_reason"] = outputs.finish_reason[row]
             (folder / f"{name}.json").write_text(to_json(group))
 
     def write_bad_batch(self, step: int, batch) -> Path:

@@ -2,18 +2,20 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import time
 
 import pytest
 import torch
 
-from conftest import ROOT, gradients, make_trainer, noise, relative_difference
+from conftest import ROOT, free_port, gradients, make_trainer, noise, relative_difference
 from rollout import Environment
 from support import check
 from support.images import load_image
 from test_faults import command, running, timeless, wait_for_lines
 from test_runs import metrics
+from train import served
 
 
 def asking(*images, text="What color is it?") -> list[dict]:
@@ -142,6 +144,81 @@ def test_rewards_see_the_whole_conversation_and_what_the_environment_found(serve
         assert completion[1]["content"][-1]["text"] == "And 0?"
 
 
+# ---- a history that is rewritten
+
+def begins_anew(say, completion, answer, number):
+    """Two turns, then two without their history, for odd prompts; four turns for the others."""
+    say(asking(noise(56, 56, 50 + number), text="And 0?"))
+    odd = bool(number % 2)
+    say([{"role": "system", "content": "Be brief."}, *asking(noise(84, 56, number), text="Anew?")]
+        if odd else asking(text="And 1?"), anew=odd)
+    return {"last": say(asking(text="And last?"))}
+
+
+def test_a_history_that_is_rewritten_becomes_one_row_per_unbroken_stretch(server):
+    """Each row is what the policy saw when it spoke, and all rows have the whole's advantage."""
+    seen = []
+
+    def look(completion, answer, number, last):
+        seen.append((number, [message["role"] for message in completion]))
+        return length(completion, answer, number)
+
+    trainer = talker(server, play=begins_anew, rewards=[look])
+    outputs = trainer.generator.collect(trainer.generator.begin(0, 4, 4))
+    numbers = [row["number"] for row in outputs.info]
+    assert len(outputs) == 4 * 2 + 4 * 2 * 2 and outputs.dropped == []
+    assert outputs.first_rows() == [row for row, number in enumerate(outputs.conversation)
+                                    if outputs.conversation.index(number) == row]
+    for number, roles in seen:  # rewards see all of it
+        assert roles == ["assistant", "user", "assistant", *["system"] * (number % 2), "user",
+                         "assistant", "user", "assistant"]
+    batch = trainer.build_batch(outputs)
+    assert check.server(trainer.policy, batch, must_agree=True)["max"] < 1e-5
+    for row, number in enumerate(numbers):
+        text = trainer.tokenizer.decode(outputs.prompt_ids[row] + outputs.completion_ids[row])
+        is_first = row in outputs.first_rows()
+        assert ("And 0?" in text) == is_first and ("Anew?" in text) == (not is_first)
+        assert len(outputs.replies[row]) == (1 if number % 2 else 3)
+    # The advantage is that of a group of four conversations, not of as many rows.
+    for name in set(outputs.example_id):
+        rewards = [outputs.reward[row] for row in outputs.first_rows()
+                   if outputs.example_id[row] == name]
+        for row, example in enumerate(outputs.example_id):
+            if example == name:
+                wanted = outputs.reward[row] - sum(rewards) / 4
+                assert batch.advantages[row].item() == pytest.approx(wanted, abs=1e-5)
+    found = {}
+    for share in (False, True):
+        trainer.config = dataclasses.replace(trainer.config, share_prompt=share)
+        found[share] = gradients(trainer, outputs)
+    assert relative_difference(found[False], found[True]) < 1e-5
+    metrics = trainer.update(outputs)
+    assert metrics["kl"] < 1e-6 and metrics["rewritten_histories"] == 8
+    assert metrics["reward"] == pytest.approx(
+        sum(outputs.reward[row] for row in outputs.first_rows()) / 16)
+
+
+def test_a_stretch_is_written_with_what_the_policy_then_saw(server, tmp_path):
+    trainer = talker(server, play=begins_anew, output_dir=str(tmp_path))
+    outputs = trainer.generator.collect(trainer.generator.begin(0, 4, 2))
+    trainer.build_batch(outputs)
+    trainer.records.write_rollouts(1, outputs, trainer.tokenizer)
+    folder = tmp_path / "colors" / "rollouts" / "step-1"
+    for example in list(dict.fromkeys(outputs.example_id))[::2]:
+        group = json.loads((folder / f"{example}.json").read_text())
+        number = outputs.info[outputs.example_id.index(example)]["number"]
+        kinds = ["policy", "environment", "policy", "environment", "policy", "environment"]
+        if number % 2:
+            kinds[3:4] = ["anew"]
+        assert len(group["completions"]) == 2
+        for said in group["completions"]:
+            turns = said["turns"]
+            assert [list(turn)[0] for turn in turns][:6] == kinds
+            if number % 2:
+                picture = load_image(folder / turns[3]["images"][0])
+                assert picture.tobytes() == noise(84, 56, number).tobytes()
+
+
 # ---- the end of a conversation
 
 def test_max_turns_ends_a_conversation_and_it_is_scored(server):
@@ -257,19 +334,53 @@ def talking(server, tmp_path, run_name: str, **options) -> list[str]:
                               "max_steps": 4, "save_every_steps": 1, "async_steps": 0, **options})
 
 
-def test_a_killed_run_of_conversations_goes_on_bit_for_bit(server, tmp_path):
+@pytest.fixture(scope="module")
+def straight(server, tmp_path_factory):
+    """(the environment variables of such a run, its metrics when nothing happens)."""
+    folder = tmp_path_factory.mktemp("straight")
     env = os.environ | {"PYTHONPATH": os.pathsep.join(
-        [str(tmp_path), str(ROOT), str(ROOT / "tests")])}
-    subprocess.run(talking(server, tmp_path, "straight"), cwd=ROOT, env=env, check=True)
+        [str(folder), str(ROOT), str(ROOT / "tests")])}
+    subprocess.run(talking(server, folder, "straight"), cwd=ROOT, env=env, check=True)
+    lines = timeless(metrics(dataclasses.replace(server, output_dir=str(folder),
+                                                 run_name="straight")))
+    assert len(lines) == 4 and all(line["kl"] < 1e-6 for line in lines)
+    return env, lines
+
+
+def test_a_killed_run_of_conversations_goes_on_bit_for_bit(server, straight, tmp_path):
+    env, lines = straight
     with running(talking(server, tmp_path, "killed"), env=env) as run:
         wait_for_lines(tmp_path / "killed" / "metrics.jsonl", 2, run)
     subprocess.run(talking(server, tmp_path, "killed", resume="true"), cwd=ROOT, env=env,
                    check=True)
-    configs = [dataclasses.replace(server, output_dir=str(tmp_path), run_name=name)
-               for name in ("straight", "killed")]
-    straight, killed = (timeless(metrics(config)) for config in configs)
-    assert straight == killed and len(straight) == 4
-    assert all(line["kl"] < 1e-6 for line in straight)
+    killed = dataclasses.replace(server, output_dir=str(tmp_path), run_name="killed")
+    assert timeless(metrics(killed)) == lines
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_server_that_dies_in_the_second_turn_changes_nothing(server, straight, tmp_path,
+                                                               monkeypatch):
+    """Of some conversations the first turn is done, of others the second; all are begun again."""
+    (tmp_path / "talking.py").write_text(TALKING)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = dataclasses.replace(
+        server, env_id="talking", output_dir=str(tmp_path), max_tokens=6, temperature=2.0,
+        max_steps=4, async_steps=0, vllm_server_port=free_port(), vllm_server_timeout=120)
+    killed = []
+    with served(config) as trainer:
+        def play(say, completion, answer, number):
+            def kill_and_say(messages):
+                if trainer.step == 2 and not killed:
+                    killed.append(trainer.server.process.pid)
+                    os.killpg(killed[0], signal.SIGKILL)
+                return say(messages)
+
+            return three_more(kill_and_say, completion, answer, number)
+
+        trainer.environment = dataclasses.replace(trainer.environment, play=play)
+        trainer.train()
+    assert killed and timeless(metrics(config)) == straight[1]
 
 
 def test_the_age_of_a_token_is_that_of_the_weights_that_sampled_it(server):
