@@ -31,8 +31,8 @@ def run(name: str) -> list[dict]:
 
 def table(records: list[dict]) -> str:
     """A Markdown row per family: largest differences by images, over all weight versions."""
-    rows = ["| family | 0 images | 1 image | 2 images | prompts shared | verdict |",
-            "|---|---|---|---|---|---|"]
+    rows = ["| family | 0 images | 1 image | 2 images | 4 turns, 4 images | prompts shared | verdict |",
+            "|---|---|---|---|---|---|---|"]
     for name in FAMILIES:
         mine = [r for r in records if r["model"] == name]
         if not mine:
@@ -41,6 +41,8 @@ def table(records: list[dict]) -> str:
                      default=None) for count in (0, 1, 2)]
         shared = [r["shared_prompts_exact"] for r in mine if "shared_prompts_exact" in r]
         cells = ["-" if w is None else f"{w:.1e}" for w in worst]
+        talked = [r["conversations"] for r in mine if "conversations" in r]
+        cells.append(talked[-1].split()[-1] if talked else "-")
         rows.append(f"| {name} | {' | '.join(cells)} | "
                     f"{'exact' if all(shared) else 'no'} | {mine[-1]['verdict']} |")
     return "\n".join(rows)

@@ -4,10 +4,12 @@ Does the server compute the same policy as the trainer (server), and does forwar
 once change anything (sharing)? `python -m support.check MODEL [--server URL]` asks a real vLLM
 server whether a model can be trained: it sends prompts with 0, 1 and 2 images of odd sizes,
 compares prompt ids and logprobs with the trainer's, pushes perturbed weights twice and compares
-again. One line per image count and weight version, a verdict at the end; exit code 0 if the model
-is safe to train, 1 if not.
+again, and holds conversations of four turns with an image each. One line per image count and weight
+version, one of the conversations, and a verdict; exit code 0 if the model is safe to train, 1 if
+not.
 """
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -26,6 +28,7 @@ from policy import Policy
 from rollout import Environment, Generator
 from support.config import MultimodalRLConfig
 from support.loading import load_model
+from support.text import describe
 from sync import CheckpointSource, Server
 
 CAUSES = ("weights that do not arrive, a server without --logprobs-mode processed_logprobs, other "
@@ -33,6 +36,7 @@ CAUSES = ("weights that do not arrive, a server without --logprobs-mode processe
 SIZES = [(71, 53), (201, 203), (33, 97), (130, 61), (64, 48), (91, 180)]
 TOLERANCE = {"cpu": 5e-5, "cuda": 0.5}  # largest logprob difference: fp32 on a CPU, else bf16
 ROUNDS = 3
+TURNS = 4
 
 
 def is_exact(policy: Policy) -> bool:
@@ -121,6 +125,31 @@ def perturb(model, generator: torch.Generator) -> None:
             p += 0.05 * p.std(correction=0) * noise
 
 
+def conversations(model, adapter: MultimodalAdapter, config: MultimodalRLConfig) -> str:
+    """Whether some of several turns, with an image in each, are exact: how far off, or why not.
+
+    The temperature is high, so that completions hold what no tokenizer would write.
+    """
+    def play(say, completion, answer):
+        rng = random.Random(1)
+        for _ in range(TURNS - 1):
+            say(make_prompt(1, rng))
+
+    config = dataclasses.replace(config, temperature=2.0)
+    policy, prompt = Policy(model, config), make_prompt(1, random.Random(0))
+    environment = Environment(train=[{"prompt": prompt}] * 2, eval=[], rewards=[], play=play)
+    generator = Generator(environment, config, policy.banned, adapter, adapter.tokenizer.decode)
+    try:
+        outputs = generator.collect(generator.begin(0, 2, 4))
+        batch = adapter.build_batch(outputs).cut_at(policy.banned)
+    except (ValueError, RuntimeError) as error:
+        return f"not possible: {describe(error)}"
+    turns = min(len(replies) for replies in outputs.replies) + 1
+    [worst] = largest_differences(policy, batch, [turns] * len(batch)).values()
+    verdict = "exact" if worst <= TOLERANCE[model.device.type] else "NOT exact"
+    return f"{verdict}, {turns} turns, max_logprob_difference {worst:.1e}"
+
+
 def check_model(config: MultimodalRLConfig, report) -> bool:
     """Compare server and trainer over all rounds; whether every difference is in tolerance."""
     model, processor = load_model(config)
@@ -144,6 +173,7 @@ def check_model(config: MultimodalRLConfig, report) -> bool:
                 safe &= worst <= TOLERANCE[model.device.type]
                 report({"images": count, "weight_version": version,
                         "max_logprob_difference": worst})
+        report({"conversations": conversations(model, adapter, config)})
     sharing(policy, batch.select(list(range(0, len(batch), 3))).to(model.device))
     report({"shared_prompts_exact": policy.can_share})
     return safe

@@ -57,4 +57,6 @@ def test_server_and_trainer_agree(checkpoints, name, request, capsys):
     if name not in ON_A_SERVER and not request.config.getoption("--all-families"):
         pytest.skip("run with --all-families")
     code = check.main([str(checkpoints / name)])
-    assert code == (1 if name == "gemma3" else 0), capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert code == (1 if name == "gemma3" else 0), said
+    assert ("conversations: exact, 4 turns" in said) == (name != "gemma3"), said
