@@ -112,7 +112,7 @@ def test_twenty_kills_at_random_instants_lose_nothing_that_was_saved(server, tmp
                 assert time.monotonic() < deadline and run.poll() is None, (
                     tmp_path / "out").read_text()
                 time.sleep(0.001)
-            time.sleep(rng.uniform(0, 4) if trial % 2 else rng.uniform(0, 0.04))
+            time.sleep(rng.uniform(0, 2) if trial % 2 else rng.uniform(0, 0.04))
             processes.kill(run)
             assert run.wait() == -signal.SIGKILL
         text = (tmp_path / "out").read_text()

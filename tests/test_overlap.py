@@ -29,7 +29,7 @@ def test_rollouts_run_ahead_and_are_at_most_async_steps_stale(server, tmp_path):
 
 
 def test_slow_rollouts_hide_behind_training(server, tmp_path):
-    """Rollouts and training of two seconds each: together they take hardly more than one."""
+    """Rollouts and training of 1.2 seconds each: together they take hardly more than one."""
     spent = {}
     for ahead in (0, 1):
         config = dataclasses.replace(server, output_dir=str(tmp_path), run_name=f"slow-{ahead}",
@@ -38,11 +38,11 @@ def test_slow_rollouts_hide_behind_training(server, tmp_path):
             update = trainer.update
 
             def slow_judge(completion, answer, **info):
-                time.sleep(2 / config.group_size)
+                time.sleep(1.2 / config.group_size)
                 return float(answer in completion)
 
             def slow_update(outputs):
-                time.sleep(2)
+                time.sleep(1.2)
                 return update(outputs)
 
             trainer.environment = dataclasses.replace(trainer.environment, rewards=[slow_judge],

@@ -39,22 +39,24 @@ def processes_with(word: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143),
-                                        (signal.SIGKILL, -9)])
-def test_the_server_that_train_started_ends_with_it(tmp_path, kill, code):
-    port = free_port()
-    run = subprocess.Popen([PYTHON, "train.py", "@", "config.toml", f"model={TINY}",
-                            f"output_dir={tmp_path}", f"vllm_server_port={port}"], cwd=ROOT,
-                           start_new_session=True)
+def test_the_server_that_train_started_ends_with_it(tmp_path):
+    """However it ends: by Ctrl-C, by a SIGTERM, or killed."""
+    ends = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
+    ports = {kill: free_port() for kill in ends}
+    runs = {kill: subprocess.Popen(
+        [PYTHON, "train.py", "@", "config.toml", f"model={TINY}", f"output_dir={tmp_path / str(port)}",
+         f"vllm_server_port={port}"], cwd=ROOT, start_new_session=True)
+        for kill, port in ports.items()}
     deadline = time.monotonic() + 120
-    while not processes_with(f"--port {port}"):
-        assert time.monotonic() < deadline and run.poll() is None
+    while not all(processes_with(f"--port {port}") for port in ports.values()):
+        assert time.monotonic() < deadline and {run.poll() for run in runs.values()} == {None}
         time.sleep(0.5)
-    time.sleep(12)  # in the middle of its start, with workers of its own
-    os.kill(run.pid, kill)
-    assert run.wait(60) == code
+    time.sleep(14)  # in the middle of their start, with workers of their own
+    for kill, run in runs.items():
+        os.kill(run.pid, kill)
+    assert {kill: run.wait(60) for kill, run in runs.items()} == ends
     deadline = time.monotonic() + 20
-    while processes_with(f"--port {port}"):
+    while any(processes_with(f"--port {port}") for port in ports.values()):
         assert time.monotonic() < deadline
         time.sleep(0.5)
 
