@@ -110,16 +110,20 @@ class MultimodalAdapter:
             plain, chat_template=template, tokenize=False, add_generation_prompt=True,
             **template_options(self.server_args))
 
-    def token_ids(self, messages: list[dict], history: list[dict] = ()) -> list[int]:
-        """The tokens of render(), an image still being one placeholder, as the server wants them."""
-        return self.tokenizer(self.render(messages, history), add_special_tokens=False)["input_ids"]
+    def token_ids(self, text: str) -> list[int]:
+        """Those of what render() gave, an image being one placeholder, as the server wants them."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def encode(self, messages: list[dict], images: list,
                history: list[dict] = ()) -> dict[str, Tensor]:
         """All that the processor makes of a prompt, or of a reply, with these PIL images."""
         if self.processor is None:
             raise ValueError("MultimodalAdapter() has no processor; pass one or write build_batch")
-        text = self.render(clean_prompt(messages, images, self.reserved()), history)
+        messages = clean_prompt(messages, images, self.reserved())
+        return self.encode_text(self.render(messages, history), images)
+
+    def encode_text(self, text: str, images: list) -> dict[str, Tensor]:
+        """The same of what render() gave."""
         check_places(text, self.reserved(), len(images))
         # With a nested list of images, or special tokens added, some families misread the images
         # or begin with a token that the server does not have.

@@ -280,6 +280,7 @@ class Stretch:
 
     def __post_init__(self):
         self.messages = list(self.prompt)
+        self.asked = list(self.asked)  # the conversations of a group begin with the same one
 
     def hear(self, choice: dict, text: str) -> None:
         """Add a completion."""
@@ -318,12 +319,9 @@ class Stretch:
 class Conversation:
     """A rollout of several turns, recorded as token ids, in one stretch or several."""
 
-    def __init__(self, generator: "Generator", shared: dict, urls: list[str], choice: dict,
-                 seed: int):
+    def __init__(self, generator: "Generator", first: Stretch, choice: dict, seed: int):
         self.generator, self.adapter, self.seed = generator, generator.adapter, seed
-        self.stretches = [Stretch(shared["prompt"], shared["images"], shared["encoded"],
-                                  list(shared["prompt_ids"]),
-                                  self.adapter.token_ids(shared["prompt"]), list(urls))]
+        self.stretches = [first]
         self.turns = 0
         self.said = []  # all messages after the first prompt
         self.hear(choice)
@@ -352,11 +350,12 @@ class Conversation:
             history, asked = last.messages, last.asked
             known = last.prompt_ids + last.completion_ids
             urls = last.urls + urls
-        encoded = self.adapter.encode(messages, images, history)
+        text = self.adapter.render(messages, history)
+        encoded = self.adapter.encode_text(text, images)
         length = len(known) + encoded["input_ids"].shape[1] + generator.config.max_tokens
         if length > generator.max_model_len:
             raise ConversationOver(f"{length} tokens, max_model_len {generator.max_model_len}")
-        ids = self.adapter.token_ids(messages, history)
+        ids = self.adapter.token_ids(text)
         if asked and asked[-1] == ids[0]:  # the end of the turn, which the policy itself sampled
             ids = ids[1:]
         asked = asked + ids
@@ -529,9 +528,12 @@ class Generator:
             for choice in choices:
                 group.append(self.score(lambda: self.answer(choice, shared), shared))
             return
+        begin = functools.partial(Stretch, shared["prompt"], shared["images"], shared["encoded"],
+                                  shared["prompt_ids"], urls=urls, asked=self.adapter.token_ids(
+                                      self.adapter.render(shared["prompt"])))
         talks = []
         for offset, choice in enumerate(choices):
-            play = functools.partial(self.play, choice, shared, urls, self.seed(job) + offset)
+            play = functools.partial(self.play, begin(), choice, shared, self.seed(job) + offset)
             talks.append(Task(functools.partial(self.score, play, shared)))
         for talk in talks:
             try:
@@ -547,10 +549,10 @@ class Generator:
                        "finish_reason": choice["finish_reason"],
                        "state": {"message": choice["message"], **shared["state"]}}], {}
 
-    def play(self, choice: dict, shared: dict, urls: list[str],
+    def play(self, first: Stretch, choice: dict, shared: dict,
              seed: int) -> tuple[list[dict], list[dict], dict]:
         """(a conversation, the fields of its Rollouts, what the environment found in it)."""
-        talk, found = Conversation(self, shared, urls, choice, seed), None
+        talk, found = Conversation(self, first, choice, seed), None
         with contextlib.suppress(ConversationOver):
             found = self.environment.play(talk.say, talk.said[0]["content"],
                                           copied(shared["answer"]), **copied(shared["info"]))
