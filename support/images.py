@@ -133,8 +133,10 @@ def own_image(image: Image.Image) -> Image.Image:
     for good. So what is not yet decoded is opened again from its file, and the user's object is
     not touched.
     """
+    if getattr(image, "fp", None) is None:  # nothing of it is left to decode, it is only read
+        return image.copy()
     with USERS_OBJECT:
-        if getattr(image, "_im", None) is None and getattr(image, "fp", None) is not None:
+        if getattr(image, "_im", None) is None:
             own = open_bytes(read_file(image.fp))
             own.seek(image.tell())
             if (own.size, own.mode) != (image.size, image.mode):
