@@ -20,9 +20,10 @@ from pathlib import Path
 import requests
 from PIL import Image
 
+from support.config import stop_signals_kept
 from support.http import ServerError, call
 from support.images import without_shared_images
-from support.messages import image_urls, render_prompt
+from support.messages import ConversationOver, image_urls, render_prompt
 from support.owner import step_of
 from support.prompts import clean_prompt, row_prompt, template_options
 from support.rewards import copied, number, scores
@@ -49,9 +50,13 @@ class Environment:
 
     An environment that answers has a play(say, completion, answer, **info), which goes on from the
     first completion: say(messages) sends messages of the environment, with images or without, and
-    returns the policy's next completion. Rewards are then given the messages after the prompt, and
-    what play returned, a dict or None, as further info. The conversation ends where play does, or
-    in a say() for which no turn (max_turns) or no room (max_model_len) is left.
+    returns the policy's next completion; say is a Conversation, and say.finish_reason tells whether
+    the last one was cut. Rewards are then given the messages after the prompt, and what play
+    returned, a dict or None, as further info. The conversation ends where play does, or in a say()
+    for which no turn (max_turns) or no room (max_model_len) is left.
+
+    Where rewards need all conversations of a group, compare(found) is given what their plays
+    returned, those that failed left out, and returns the further info of each, in this order.
     """
     train: Sequence[dict]
     eval: Sequence[dict]
@@ -59,7 +64,9 @@ class Environment:
     weights: Sequence[float] | None = None  # 1 each
     skip_special_tokens: bool = False       # in the text that rewards are given
     play: Callable[..., dict | None] | None = None
-
+    compare: Callable[[list[dict]], list[dict]] | None = None
+    tools: Sequence[dict] = ()              # that chat templates show, in OpenAI's form; play
+                                            # finds the calls in the text of a completion
     def __post_init__(self):
         names = {getattr(reward, "__name__", None) for reward in self.rewards} - {None}
         weights = self.weights or [1.0] * len(self.rewards)
@@ -193,7 +200,11 @@ class GenerateOutputs:
 def load_environment(env_id: str, args: dict) -> Environment:
     """Call my_env.load_environment(**args), or envs.my_env's; ValueError says what is wrong."""
     try:
-        environment = find_loader(env_id)(**args)
+        with stop_signals_kept():
+            environment = find_loader(env_id)(**args)
+        if is_of_verifiers(environment):
+            from support import verifiers_classic
+            environment = Environment(**verifiers_classic.bridge(environment))
         if not isinstance(environment, Environment) or not len(environment.train):
             raise ValueError("load_environment() must return an Environment with rows in train, "
                              f"not {environment!r:.99}")
@@ -210,8 +221,25 @@ def find_loader(env_id: str) -> Callable[..., Environment]:
             module = importlib.import_module(module_name)
             if hasattr(module, "load_environment"):
                 return module.load_environment
-    raise ValueError(f"no load_environment() in a module {name!r} on sys.path "
-                     f"({sys.path[0] or '.'}, ...) or in envs/{name}.py")
+    missing = (f"no load_environment() in a module {name!r} on sys.path "
+               f"({sys.path[0] or '.'}, ...) or in envs/{name}.py")
+    if importlib.util.find_spec("verifiers"):
+        return functools.partial(load_taskset, env_id, missing)
+    raise ValueError(f"{missing}; a package of the verifiers library needs that installed, too")
+
+
+def load_taskset(env_id: str, missing: str, **args) -> Environment:
+    """That of a package which has no load_environment(), but a taskset of verifiers 0.4."""
+    from support import verifiers_v1
+    try:
+        return Environment(**verifiers_v1.bridge(env_id, args))
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{missing}; and as a taskset of verifiers: {error}") from error
+
+
+def is_of_verifiers(environment) -> bool:
+    """Whether an object is an environment of verifiers' classic API."""
+    return any(kind.__module__.startswith("verifiers.") for kind in type(environment).__mro__)
 
 
 @dataclass(frozen=True)
@@ -229,10 +257,6 @@ class Pending:
     """Jobs that are under way."""
     jobs: list[Job]
     results: list[AsyncResult]  # of each, when it is sampled: what Generator.group returns
-
-
-class ConversationOver(Exception):
-    """Nothing more can be said: the turns or the context are used up."""
 
 
 class Conversation:
@@ -311,6 +335,8 @@ class Conversation:
         self.messages += messages
         return self.hear(reply["choices"][0])
 
+    __call__ = say
+
 
 @functools.lru_cache(maxsize=2)
 def shuffled(length: int, seed: str) -> list[int]:
@@ -350,6 +376,9 @@ class Generator:
                          "logit_bias": {str(i): -100 for i in banned}}
         self.chat = {"model": model["id"], "return_token_ids": True, "logprobs": True,
                      "chat_template_kwargs": template_options(config.inference_args)}
+        if environment and environment.tools:  # shown; the server need not find the calls
+            self.chat |= {"tools": list(environment.tools), "tool_choice": "none"}
+            adapter.tools = environment.tools
 
     def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
         return call(f"{self.url}/{route}", body, method, timeout=self.config.generation_timeout)
@@ -459,15 +488,25 @@ class Generator:
             for choice in choices:
                 group.append(self.score(lambda: self.answer(choice, shared), shared))
             return
-        talks = []
+        talks, played = [], []
         for offset, choice in enumerate(choices):
             play = functools.partial(self.play, choice, shared, urls, self.seed(job) + offset)
-            talks.append(Task(functools.partial(self.score, play, shared)))
+            if self.environment.compare is None:
+                play = functools.partial(self.score, play, shared)
+            talks.append(Task(play))
         for talk in talks:
             try:
-                group.append(talk.result(self.config.generation_timeout, "reply", TIMEOUT_HINT))
-            except TimeoutError as error:
-                group.append(Failure(job.index, error))
+                result = talk.result(self.config.generation_timeout, "reply", TIMEOUT_HINT)
+            except ServerError:
+                raise
+            except Exception as error:  # a timeout, or what a play that is compared later raised
+                result = Failure(job.index, error)
+            (played if isinstance(result, tuple) else group).append(result)
+        if played:
+            compare = Task(lambda: self.environment.compare([found for _, found in played]))
+            infos = compare.result(self.config.generation_timeout, "group reward", TIMEOUT_HINT)
+            for (fields, _), info in zip(played, infos, strict=True):
+                group.append(self.score(lambda: (fields, info), shared))
 
     def answer(self, choice: dict, shared: dict) -> tuple[dict, dict]:
         """(the fields of the Rollout of a single completion, no further info)."""
@@ -480,7 +519,7 @@ class Generator:
         """(the fields of the Rollout of a conversation, what the environment found in it)."""
         talk, found = Conversation(self, shared, urls, choice, seed), None
         with contextlib.suppress(ConversationOver):
-            found = self.environment.play(talk.say, talk.messages[-1]["content"],
+            found = self.environment.play(talk, talk.messages[-1]["content"],
                                           copied(shared["answer"]), **copied(shared["info"]))
         return {"completion": talk.messages[len(shared["prompt"]):],
                 "completion_ids": talk.completion_ids, "completion_mask": talk.completion_mask,
