@@ -218,7 +218,13 @@ def find_loader(env_id: str) -> Callable[..., Environment]:
     name = Path(env_id).stem.replace("-", "_")
     for module_name in (name, f"envs.{name}"):
         if importlib.util.find_spec(module_name):
-            module = importlib.import_module(module_name)
+            try:
+                module = importlib.import_module(module_name)
+            except (AttributeError, ImportError) as error:
+                if "verifiers" not in str(error):
+                    raise
+                raise ValueError(f"{error}: environments of verifiers' classic API need verifiers "
+                                 "0.3, those of verifiers.v1 verifiers 0.4") from error
             if hasattr(module, "load_environment"):
                 return module.load_environment
     missing = (f"no load_environment() in a module {name!r} on sys.path "
@@ -233,8 +239,8 @@ def load_taskset(env_id: str, missing: str, **args) -> Environment:
     from support import verifiers_v1
     try:
         return Environment(**verifiers_v1.bridge(env_id, args))
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{missing}; and as a taskset of verifiers: {error}") from error
+    except (AttributeError, ModuleNotFoundError) as error:
+        raise ValueError(f"{missing}; and no taskset of verifiers: {error}") from error
 
 
 def is_of_verifiers(environment) -> bool:
@@ -376,9 +382,10 @@ class Generator:
                          "logit_bias": {str(i): -100 for i in banned}}
         self.chat = {"model": model["id"], "return_token_ids": True, "logprobs": True,
                      "chat_template_kwargs": template_options(config.inference_args)}
-        if environment and environment.tools:  # shown; the server need not find the calls
-            self.chat |= {"tools": list(environment.tools), "tool_choice": "none"}
+        if environment and adapter:
             adapter.tools = environment.tools
+        if environment and environment.tools:  # shown; calls are not for the server to find
+            self.chat |= {"tools": list(environment.tools), "tool_choice": "none"}
 
     def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
         return call(f"{self.url}/{route}", body, method, timeout=self.config.generation_timeout)

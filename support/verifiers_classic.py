@@ -5,6 +5,7 @@ tool or of the model. Here each of them is an error, by which the conversation i
 """
 import asyncio
 import functools
+import importlib.metadata
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,8 +14,8 @@ try:
     from verifiers.clients import Client
     from verifiers.types import Response, ResponseMessage, ToolCall, Usage
 except ImportError as error:
-    raise ValueError("an environment of verifiers' classic API needs a version of it that has "
-                     f"verifiers.clients, such as 0.3.1: {error}") from error
+    raise ValueError("an environment of verifiers' classic API needs one of its last versions, as "
+                     f"0.3.1 is, not {importlib.metadata.version('verifiers')}: {error}") from error
 
 from support.messages import ConversationOver
 from support.rewards import event_loop

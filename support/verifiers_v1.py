@@ -6,20 +6,22 @@ are in the errors of an episode or of its trace; each of them drops the conversa
 """
 import asyncio
 import atexit
+import contextlib
+import importlib.metadata
 import itertools
 import sys
 import threading
 from collections.abc import Callable, Sequence
 
-import httpx
+VERSION = importlib.metadata.version("verifiers")
+if not VERSION.startswith("0.4."):
+    raise ValueError(f"a taskset of verifiers.v1 needs verifiers 0.4, not {VERSION}")
 
-try:
-    import verifiers.v1 as vf
-    import verifiers.v1.interception.server as interception
-    from verifiers.v1.clients.train import serialize_completion
-    from verifiers.v1.dialects.chat import message_to_wire
-except ImportError as error:
-    raise ValueError(f"a taskset needs verifiers 0.4: {error}") from error
+import aiohttp
+import verifiers.v1 as vf
+import verifiers.v1.interception.server as interception
+from verifiers.v1.clients.train import serialize_completion
+from verifiers.v1.dialects.chat import message_to_wire
 
 from support.messages import ConversationOver
 from support.rewards import event_loop
@@ -102,9 +104,8 @@ class Runner:
     """Conversations, run and scored by the code of an environment."""
 
     def __init__(self, environment: vf.Env):
-        self.environment, self.loop = environment, event_loop()
-        self.client = PolicyClient()
-        self.lock, self.serving = threading.Lock(), None
+        self.environment, self.client = environment, PolicyClient()
+        self.lock, self.loop = threading.Lock(), None
         self.context = vf.ModelContext(model="policy", client=vf.EvalClientConfig(
             base_url=ADDRESS, api_key_var="NONE"))
 
@@ -115,18 +116,18 @@ class Runner:
         return policy.run(self.roll_out(task, policy), self.loop)
 
     def serve(self) -> None:
-        """Start what the environment needs to be up, with the first conversation."""
+        """Start what the environment needs to be up, with the first conversation in a loop.
+
+        It is another loop if something has held up the last one.
+        """
         with self.lock:
-            if self.serving is None:
+            loop = event_loop()
+            if self.loop is not loop:
                 use_client(self.client)
                 serving = self.environment.serving()
-                asyncio.run_coroutine_threadsafe(serving.__aenter__(), self.loop).result()
-                self.serving = serving
-                atexit.register(self.stop)
-
-    def stop(self) -> None:
-        closing = self.serving.__aexit__(None, None, None)
-        asyncio.run_coroutine_threadsafe(closing, self.loop).result(timeout=10)
+                asyncio.run_coroutine_threadsafe(serving.__aenter__(), loop).result()
+                self.loop = loop
+                atexit.register(stop, serving, loop)
 
     async def roll_out(self, task: vf.Task, policy: Policy) -> dict:
         """The score of one episode."""
@@ -148,7 +149,7 @@ class Runner:
 
 def check(episode: vf.Episode) -> None:
     """Raise what went wrong in an episode."""
-    for part in (episode, *episode.traces):
+    for part in (*episode.traces, episode):
         if part.is_timeout:
             raise TimeoutError("a timeout of the environment is over")
         if not part.ok:
@@ -156,6 +157,13 @@ def check(episode: vf.Episode) -> None:
             raise RuntimeError("; ".join(errors) or "the episode has failed without a word")
     if len(episode.traces) != 1:
         raise ValueError(f"{len(episode.traces)} conversations in an episode; one can be trained")
+
+
+def stop(serving, loop: asyncio.AbstractEventLoop) -> None:
+    """At the end of the process, for servers of tools that run in others."""
+    closing = asyncio.run_coroutine_threadsafe(serving.__aexit__(None, None, None), loop)
+    with contextlib.suppress(Exception):  # nobody is left to whom it matters
+        closing.result(timeout=10)
 
 
 def use_client(client: vf.Client) -> None:
@@ -207,8 +215,8 @@ class InProcess(vf.Harness[InProcessConfig]):
     async def launch(self, ctx, trace, runtime, endpoint, secret, mcp_urls,
                      data) -> vf.ProgramResult:
         messages = first_messages(*self.resolve_prompt(data))
-        async with httpx.AsyncClient(timeout=None, trust_env=False) as client:
-            response = await client.post(
+        without_limit = aiohttp.ClientTimeout(total=None)  # the play has one
+        async with aiohttp.ClientSession(timeout=without_limit) as session, session.post(
                 f"{endpoint}/chat/completions", headers={"Authorization": f"Bearer {secret}"},
-                json={"model": ctx.model, "messages": messages})
-        return vf.ProgramResult(int(not response.is_success), "", response.text)
+                json={"model": ctx.model, "messages": messages}) as response:
+            return vf.ProgramResult(int(not response.ok), "", await response.text())
