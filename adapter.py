@@ -26,6 +26,7 @@ class MultimodalAdapter:
     processor = None
     tokenizer = None
     server_args = {}  # the server's flags; the trainer sets those of its config
+    tools = ()        # of the environment, which prompts show; a generator sets them
 
     def __init__(self, processor=None, tokenizer=None):
         self.processor = processor
@@ -108,6 +109,7 @@ class MultimodalAdapter:
             template = self.tokenizer.get_chat_template()
         return self.processor.apply_chat_template(
             plain, chat_template=template, tokenize=False, add_generation_prompt=True,
+            tools=list(self.tools) or None,
             **template_options(self.server_args))
 
     def token_ids(self, text: str) -> list[int]:

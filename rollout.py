@@ -20,9 +20,10 @@ from pathlib import Path
 import requests
 from PIL import Image
 
+from support.config import stop_signals_kept
 from support.http import ServerError, call
 from support.images import without_shared_images
-from support.messages import image_urls, render_prompt
+from support.messages import ConversationOver, image_urls, render_prompt
 from support.owner import step_of
 from support.prompts import clean_prompt, row_prompt, template_options
 from support.rewards import copied, number, scores
@@ -50,9 +51,13 @@ class Environment:
     An environment that answers has a play(say, completion, answer, **info), which goes on from the
     first completion: say(messages) sends messages of the environment, with images or without, and
     returns the policy's next completion; with say(messages, anew=True) the policy sees these alone,
-    and nothing of what was said before. Rewards are then given the messages after the prompt, and
-    what play returned, a dict or None, as further info. The conversation ends where play does, or
-    in a say() for which no turn (max_turns) or no room (max_model_len) is left.
+    and nothing of what was said before. say is a Conversation: say.finish_reason tells whether the
+    last completion was cut. Rewards are then given the messages after the prompt, and what play
+    returned, a dict or None, as further info. The conversation ends where play does, or in a say()
+    for which no turn (max_turns) or no room (max_model_len) is left.
+
+    Where rewards need all conversations of a group, compare(found) is given what their plays
+    returned, those that failed left out, and returns the further info of each, in this order.
     """
     train: Sequence[dict]
     eval: Sequence[dict]
@@ -60,6 +65,9 @@ class Environment:
     weights: Sequence[float] | None = None  # 1 each
     skip_special_tokens: bool = False       # in the text that rewards are given
     play: Callable[..., dict | None] | None = None
+    compare: Callable[[list[dict]], list[dict]] | None = None
+    tools: Sequence[dict] = ()              # that chat templates show, in OpenAI's form; play
+                                            # finds the calls in the text of a completion
 
     def __post_init__(self):
         names = {getattr(reward, "__name__", None) for reward in self.rewards} - {None}
@@ -215,7 +223,11 @@ class GenerateOutputs:
 def load_environment(env_id: str, args: dict) -> Environment:
     """Call my_env.load_environment(**args), or envs.my_env's; ValueError says what is wrong."""
     try:
-        environment = find_loader(env_id)(**args)
+        with stop_signals_kept():
+            environment = find_loader(env_id)(**args)
+        if is_of_verifiers(environment):
+            from support import verifiers_classic
+            environment = Environment(**verifiers_classic.bridge(environment))
         if not isinstance(environment, Environment) or not len(environment.train):
             raise ValueError("load_environment() must return an Environment with rows in train, "
                              f"not {environment!r:.99}")
@@ -229,11 +241,34 @@ def find_loader(env_id: str) -> Callable[..., Environment]:
     name = Path(env_id).stem.replace("-", "_")
     for module_name in (name, f"envs.{name}"):
         if importlib.util.find_spec(module_name):
-            module = importlib.import_module(module_name)
+            try:
+                module = importlib.import_module(module_name)
+            except (AttributeError, ImportError) as error:
+                if "verifiers" not in str(error):
+                    raise
+                raise ValueError(f"{error}: environments of verifiers' classic API need verifiers "
+                                 "0.3, those of verifiers.v1 verifiers 0.4") from error
             if hasattr(module, "load_environment"):
                 return module.load_environment
-    raise ValueError(f"no load_environment() in a module {name!r} on sys.path "
-                     f"({sys.path[0] or '.'}, ...) or in envs/{name}.py")
+    missing = (f"no load_environment() in a module {name!r} on sys.path "
+               f"({sys.path[0] or '.'}, ...) or in envs/{name}.py")
+    if importlib.util.find_spec("verifiers"):
+        return functools.partial(load_taskset, env_id, missing)
+    raise ValueError(f"{missing}; a package of the verifiers library needs that installed, too")
+
+
+def load_taskset(env_id: str, missing: str, **args) -> Environment:
+    """That of a package which has no load_environment(), but a taskset of verifiers 0.4."""
+    from support import verifiers_v1
+    try:
+        return Environment(**verifiers_v1.bridge(env_id, args))
+    except (AttributeError, ModuleNotFoundError) as error:
+        raise ValueError(f"{missing}; and no taskset of verifiers: {error}") from error
+
+
+def is_of_verifiers(environment) -> bool:
+    """Whether an object is an environment of verifiers' classic API."""
+    return any(kind.__module__.startswith("verifiers.") for kind in type(environment).__mro__)
 
 
 @dataclass(frozen=True)
@@ -251,10 +286,6 @@ class Pending:
     """Jobs that are under way."""
     jobs: list[Job]
     results: list[AsyncResult]  # of each, when it is sampled: what Generator.group returns
-
-
-class ConversationOver(Exception):
-    """Nothing more can be said: the turns or the context are used up."""
 
 
 @dataclass
@@ -329,6 +360,8 @@ class Conversation:
     def hear(self, choice: dict) -> str:
         """Add a completion; its text."""
         text = self.generator.text(choice)
+        self.num_tokens = len(choice["token_ids"])      # of the last completion
+        self.finish_reason = choice["finish_reason"]    # "stop", or "length" if it was cut
         self.stretches[-1].hear(choice, text)
         self.said.append(self.stretches[-1].messages[-1])
         self.turns += 1
@@ -377,6 +410,8 @@ class Conversation:
         self.said += messages
         return self.hear(reply["choices"][0])
 
+    __call__ = say
+
 
 @functools.lru_cache(maxsize=2)
 def shuffled(length: int, seed: str) -> list[int]:
@@ -416,6 +451,10 @@ class Generator:
                          "logit_bias": {str(i): -100 for i in banned}}
         self.chat = {"model": model["id"], "return_token_ids": True, "logprobs": True,
                      "chat_template_kwargs": template_options(config.inference_args)}
+        if environment and adapter:
+            adapter.tools = environment.tools
+        if environment and environment.tools:  # shown; calls are not for the server to find
+            self.chat |= {"tools": list(environment.tools), "tool_choice": "none"}
 
     def call(self, route: str, body: dict | None = None, method: str = "post") -> dict:
         return call(f"{self.url}/{route}", body, method, timeout=self.config.generation_timeout)
@@ -528,18 +567,36 @@ class Generator:
             for choice in choices:
                 group.append(self.score(lambda: self.answer(choice, shared), shared))
             return
+        self.play_group(job, choices, shared, urls, group)
+
+    def play_group(self, job: Job, choices: list[dict], shared: dict, urls: list[str],
+                   group: list) -> None:
+        """Hold the conversations that begin with these completions, side by side."""
         begin = functools.partial(Stretch, shared["prompt"], shared["images"], shared["encoded"],
                                   shared["prompt_ids"], urls=urls, asked=self.adapter.token_ids(
                                       self.adapter.render(shared["prompt"])))
-        talks = []
+        talks, played = [], []
         for offset, choice in enumerate(choices):
             play = functools.partial(self.play, begin(), choice, shared, self.seed(job) + offset)
-            talks.append(Task(functools.partial(self.score, play, shared)))
+            if self.environment.compare is None:
+                play = functools.partial(self.score, play, shared)
+            talks.append(Task(play))
         for talk in talks:
             try:
-                group.append(talk.result(self.config.generation_timeout, "reply", TIMEOUT_HINT))
-            except TimeoutError as error:
-                group.append(Failure(job.index, error))
+                result = talk.result(self.config.generation_timeout, "reply", TIMEOUT_HINT)
+            except ServerError:
+                raise
+            except Exception as error:  # a timeout, or what a play that is compared later raised
+                result = Failure(job.index, error)
+            if isinstance(result, tuple):
+                played.append(result)
+            else:
+                group.append(result)
+        if played:
+            compare = Task(lambda: self.environment.compare([found for *_, found in played]))
+            infos = compare.result(self.config.generation_timeout, "group reward", TIMEOUT_HINT)
+            for (said, stretches, _), info in zip(played, infos, strict=True):
+                group.append(self.score(lambda: (said, stretches, info), shared))
 
     def answer(self, choice: dict, shared: dict) -> tuple[str, list[dict], dict]:
         """(a completion, the fields of its Rollout, no further info)."""
@@ -554,7 +611,7 @@ class Generator:
         """(a conversation, the fields of its Rollouts, what the environment found in it)."""
         talk, found = Conversation(self, first, choice, seed), None
         with contextlib.suppress(ConversationOver):
-            found = self.environment.play(talk.say, talk.said[0]["content"],
+            found = self.environment.play(talk, talk.said[0]["content"],
                                           copied(shared["answer"]), **copied(shared["info"]))
         return talk.said, [stretch.fields() for stretch in talk.stretches], found or {}
 

@@ -379,6 +379,18 @@ def on_stop(handler) -> None:
             signal.signal(number, handle)
 
 
+@contextlib.contextmanager
+def stop_signals_kept():
+    """For code that takes the stop signals over, as some environments do: they are given back."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+
+
 def leave_terminal() -> None:
     """Write to nowhere instead of to a terminal that was closed, where every line is an error.
 

@@ -5,6 +5,10 @@ from support.images import load_image, png_data_uri
 from support.prompts import clean_prompt
 
 
+class ConversationOver(Exception):
+    """Nothing more can be said: the turns or the context are used up."""
+
+
 def render_prompt(prompt: list[dict]) -> tuple[list[dict], list[Image.Image]]:
     """Chat messages -> (the same in OpenAI form with PNG data URIs, the images in order)."""
     messages, images = [], []
