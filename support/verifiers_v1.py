@@ -27,12 +27,13 @@ from support.messages import ConversationOver
 from support.rewards import event_loop
 from support.verifiers_bridge import Policy, reward_functions, to_messages
 
-HARNESS = "in-process"                # the id by which verifiers finds this module's harness
-ADDRESS = "http://policy.invalid"     # that of the client of ours; nothing is sent there
-INFINITE = 1000                       # tasks of a taskset without end
+ADDRESS = "http://policy.invalid"  # that of our client; nothing is ever sent there
+INFINITE = 1000                    # tasks of a taskset without end
 
+# verifiers finds a harness by its id: as a module of that name, with one harness in its __all__.
+HARNESS = "in-process"
+sys.modules["in_process"] = sys.modules[__name__]
 __all__ = ["InProcess"]
-sys.modules[HARNESS.replace("-", "_")] = sys.modules[__name__]
 
 
 def bridge(env_id: str, args: dict) -> dict:
@@ -49,7 +50,9 @@ def bridge(env_id: str, args: dict) -> dict:
         num_train = INFINITE
     count = None if num_train is None else num_eval + num_train
     tasks = list(itertools.islice(environment.taskset, count))
-    names = [function.__name__ for kind in ("reward", "metric") for function in tasks[0].hooks(kind)]
+    names = []
+    for task in tasks[:1]:  # all are of one type
+        names = [function.__name__ for function in task.hooks("reward") + task.hooks("metric")]
     rewards, weights = reward_functions(names)
     return {"train": Rows(tasks[num_eval:]), "eval": Rows(tasks[:num_eval]), "rewards": rewards,
             "weights": weights, "play": Runner(environment).play}
