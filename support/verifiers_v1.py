@@ -11,7 +11,7 @@ import importlib.metadata
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 VERSION = importlib.metadata.version("verifiers")
 if not VERSION.startswith("0.4."):
@@ -25,7 +25,7 @@ from verifiers.v1.dialects.chat import message_to_wire
 
 from support.messages import ConversationOver
 from support.rewards import event_loop
-from support.verifiers_bridge import Policy, reward_functions, to_messages
+from support.verifiers_bridge import Policy, Rows, reward_functions, to_messages
 
 ADDRESS = "http://policy.invalid"  # that of our client; nothing is ever sent there
 INFINITE = 1000                    # tasks of a taskset without end
@@ -54,8 +54,8 @@ def bridge(env_id: str, args: dict) -> dict:
     for task in tasks[:1]:  # all are of one type
         names = [function.__name__ for function in task.hooks("reward") + task.hooks("metric")]
     rewards, weights = reward_functions(names)
-    return {"train": Rows(tasks[num_eval:]), "eval": Rows(tasks[:num_eval]), "rewards": rewards,
-            "weights": weights, "play": Runner(environment).play}
+    return {"train": Rows(tasks[num_eval:], to_row), "eval": Rows(tasks[:num_eval], to_row),
+            "rewards": rewards, "weights": weights, "play": Runner(environment).play}
 
 
 def configuration(env_id: str, args: dict) -> vf.EnvConfig:
@@ -75,19 +75,9 @@ def configuration(env_id: str, args: dict) -> vf.EnvConfig:
     return vf.resolve_env_config(settings)
 
 
-class Rows(Sequence):
-    """Tasks as rows of ours."""
-
-    def __init__(self, tasks: list[vf.Task]):
-        self.tasks = tasks
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    def __getitem__(self, index: int) -> dict:
-        task = self.tasks[index]
-        return {"prompt": first_messages(task.data.system_prompt, task.data.prompt),
-                "answer": str(getattr(task.data, "answer", "")), "info": {"task": task}}
+def to_row(task: vf.Task) -> dict:
+    return {"prompt": first_messages(task.data.system_prompt, task.data.prompt),
+            "answer": str(getattr(task.data, "answer", "")), "info": {"task": task}}
 
 
 def first_messages(system: str | None, prompt) -> list[dict]:

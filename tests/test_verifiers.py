@@ -204,8 +204,8 @@ def test_prompts_show_the_tools_of_an_environment():
     adapter.tools = [tool]
     assert adapter.render([{"role": "user", "content": "Hm"}]) == json.dumps([tool]) + "Hm"
     # The server writes them into a prompt in the same way.
-    code = ("from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionToolsParam\n"
-            f"print(ChatCompletionToolsParam.model_validate({tool}).model_dump())")
+    code = ("from vllm.entrypoints.openai.chat_completion import protocol\n"
+            f"print(protocol.ChatCompletionToolsParam.model_validate({tool}).model_dump())")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == str(tool)
 
