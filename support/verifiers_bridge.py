@@ -9,7 +9,7 @@ import asyncio
 import json
 import queue
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -54,7 +54,7 @@ class Policy:
         self.questions = queue.SimpleQueue()
 
     def run(self, rollout: Coroutine, loop: asyncio.AbstractEventLoop):
-        """What the rollout returns. If a turn has failed, its error, whatever became of it there."""
+        """What the rollout returns; the error of a turn, if one failed, whatever became of it."""
         running = asyncio.run_coroutine_threadsafe(rollout, loop)
         running.add_done_callback(lambda _: self.questions.put(None))
         while (question := self.questions.get()) is not None:
@@ -111,6 +111,19 @@ class Policy:
         if not goes_on or len(messages) > count:
             raise ValueError("the environment sends another prompt than that of its data set")
         return self.completion
+
+
+class Rows(Sequence):
+    """The entries of a data set of verifiers, each turned into a row when it is asked for."""
+
+    def __init__(self, entries: Sequence, to_row: Callable[[object], dict]):
+        self.entries, self.to_row = entries, to_row
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.to_row(self.entries[index])
 
 
 def find_tool_calls(text: str, turn: int) -> tuple[str, list[ToolCall]]:

@@ -7,7 +7,7 @@ import asyncio
 import functools
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 try:
     import verifiers as vf
@@ -20,7 +20,7 @@ except ImportError as error:
 from support.messages import ConversationOver
 from support.rewards import event_loop
 from support.text import describe
-from support.verifiers_bridge import Policy, causes, reward_functions, to_messages
+from support.verifiers_bridge import Policy, Rows, causes, reward_functions, to_messages
 
 
 class RewardError(BaseException):
@@ -35,8 +35,8 @@ def bridge(environment: vf.Environment) -> dict:
         rubric.funcs[:] = [raising(function, rubric) for function in rubric.funcs]
     rewards, weights = reward_functions(names)
     runner = Runner(environment)
-    return {"train": Rows(environment.get_dataset()),
-            "eval": Rows(environment.build_eval_dataset() or []),  # [] if it has no held-out split
+    held_out = environment.build_eval_dataset() or []  # None if there is no such split
+    return {"train": Rows(environment.get_dataset(), to_row), "eval": Rows(held_out, to_row),
             "rewards": rewards, "weights": weights, "play": runner.play, "tools": runner.tools,
             "compare": runner.compare if environment.rubric.has_group_rewards else None}
 
@@ -65,19 +65,10 @@ def raising(function: Callable, rubric: vf.Rubric) -> Callable:
     return call
 
 
-class Rows(Sequence):
-    """A data set of verifiers as rows of ours; info["input"] is what a rollout begins with."""
-
-    def __init__(self, dataset: Sequence[dict]):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict:
-        row = dict(self.dataset[index])
-        return {"prompt": to_messages(row["prompt"]), "answer": row.get("answer") or "",
-                "info": {"input": row}}
+def to_row(entry: dict) -> dict:
+    """A row of ours; what a rollout of verifiers begins with is in its info."""
+    return {"prompt": to_messages(entry["prompt"]), "answer": entry.get("answer") or "",
+            "info": {"input": dict(entry)}}
 
 
 class Runner:

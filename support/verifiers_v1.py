@@ -11,7 +11,7 @@ import importlib.metadata
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 VERSION = importlib.metadata.version("verifiers")
 if not VERSION.startswith("0.4."):
@@ -25,14 +25,15 @@ from verifiers.v1.dialects.chat import message_to_wire
 
 from support.messages import ConversationOver
 from support.rewards import event_loop
-from support.verifiers_bridge import Policy, reward_functions, to_messages
+from support.verifiers_bridge import Policy, Rows, reward_functions, to_messages
 
-HARNESS = "in-process"                # the id by which verifiers finds this module's harness
-ADDRESS = "http://policy.invalid"     # that of the client of ours; nothing is sent there
-INFINITE = 1000                       # tasks of a taskset without end
+ADDRESS = "http://policy.invalid"  # that of our client; nothing is ever sent there
+INFINITE = 1000                    # tasks of a taskset without end
 
+# verifiers finds a harness by its id: as a module of that name, with one harness in its __all__.
+HARNESS = "in-process"
+sys.modules["in_process"] = sys.modules[__name__]
 __all__ = ["InProcess"]
-sys.modules[HARNESS.replace("-", "_")] = sys.modules[__name__]
 
 
 def bridge(env_id: str, args: dict) -> dict:
@@ -49,10 +50,12 @@ def bridge(env_id: str, args: dict) -> dict:
         num_train = INFINITE
     count = None if num_train is None else num_eval + num_train
     tasks = list(itertools.islice(environment.taskset, count))
-    names = [function.__name__ for kind in ("reward", "metric") for function in tasks[0].hooks(kind)]
+    names = []
+    for task in tasks[:1]:  # all are of one type
+        names = [function.__name__ for function in task.hooks("reward") + task.hooks("metric")]
     rewards, weights = reward_functions(names)
-    return {"train": Rows(tasks[num_eval:]), "eval": Rows(tasks[:num_eval]), "rewards": rewards,
-            "weights": weights, "play": Runner(environment).play}
+    return {"train": Rows(tasks[num_eval:], to_row), "eval": Rows(tasks[:num_eval], to_row),
+            "rewards": rewards, "weights": weights, "play": Runner(environment).play}
 
 
 def configuration(env_id: str, args: dict) -> vf.EnvConfig:
@@ -72,19 +75,9 @@ def configuration(env_id: str, args: dict) -> vf.EnvConfig:
     return vf.resolve_env_config(settings)
 
 
-class Rows(Sequence):
-    """Tasks as rows of ours."""
-
-    def __init__(self, tasks: list[vf.Task]):
-        self.tasks = tasks
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    def __getitem__(self, index: int) -> dict:
-        task = self.tasks[index]
-        return {"prompt": first_messages(task.data.system_prompt, task.data.prompt),
-                "answer": str(getattr(task.data, "answer", "")), "info": {"task": task}}
+def to_row(task: vf.Task) -> dict:
+    return {"prompt": first_messages(task.data.system_prompt, task.data.prompt),
+            "answer": str(getattr(task.data, "answer", "")), "info": {"task": task}}
 
 
 def first_messages(system: str | None, prompt) -> list[dict]:

@@ -1,5 +1,6 @@
 """Conversations: a policy that sees, answers, and sees again, trained on exactly what was said."""
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -217,6 +218,33 @@ def test_a_stretch_is_written_with_what_the_policy_then_saw(server, tmp_path):
             if number % 2:
                 picture = load_image(folder / turns[3]["images"][0])
                 assert picture.tobytes() == noise(84, 56, number).tobytes()
+
+
+def test_conversations_of_a_group_are_compared_without_those_that_failed(server):
+    counter = itertools.count()
+
+    def play(say, completion, answer, number):
+        if number == 1 and next(counter) == 0:
+            raise KeyError("board")
+        return {"said": completion}
+
+    def compare(found):
+        return [{"found": found, "rank": rank} for rank in range(len(found))]
+
+    def rank(completion, answer, number, found, rank):
+        assert found[rank]["said"] == completion[0]["content"]
+        return float(rank)
+
+    trainer = talker(server, play=play, rewards=[rank])
+    trainer.environment = dataclasses.replace(trainer.environment, compare=compare)
+    trainer.generator = None
+    trainer.on_server(lambda: None)
+    outputs = trainer.generator.collect(trainer.generator.begin(0, 4, 4))
+    for example in range(4):
+        ranks = [reward for reward, name in zip(outputs.reward, outputs.example_id)
+                 if name == example]
+        assert ranks == ([0, 1, 2] if example == 1 else [0, 1, 2, 3])
+    assert outputs.dropped == ["example 1: KeyError: 'board'"]
 
 
 # ---- the end of a conversation

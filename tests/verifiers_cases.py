@@ -38,13 +38,26 @@ def roll_out(env_id: str, generation_timeout: float = 20, max_turns: int = 10, *
 
 
 def say(case: str, outputs, **found) -> None:
-    """Print what became of the case; kl is that of an update, between trainer and server."""
-    kl = TRAINER.update(outputs)["kl"]
-    TRAINER.send_weights()
+    """Print what became of the case."""
     print(json.dumps({
         "case": case, "examples": sorted(outputs.example_id), "dropped": outputs.dropped,
         "reward": outputs.reward, "metrics": outputs.metrics,
-        "turns": [len(replies) + 1 for replies in outputs.replies], "kl": kl, **found}), flush=True)
+        "turns": [len(replies) + 1 for replies in outputs.replies], **found}), flush=True)
+
+
+def trained(outputs) -> float:
+    """The mismatch KL of an update, between trainer and server."""
+    kl = TRAINER.update(outputs)["kl"]
+    TRAINER.send_weights()
+    return kl
+
+
+def other_version(module: str) -> None:
+    """A package that needs another version of verifiers, or is none."""
+    try:
+        load_environment(module, {})
+    except ValueError as error:
+        print(json.dumps({"case": f"module {module}", "error": str(error)}), flush=True)
 
 
 def fault(name: str, env_id: str, **args) -> None:
@@ -68,7 +81,7 @@ def group_rewards() -> None:
     outputs = roll_out("classic-colors", group=True)
     texts = [[message["content"].strip() for message in completion
               if message["role"] == "assistant"] for completion in outputs.completion]
-    say("group", outputs, texts=texts, rows=outputs.example_id)
+    say("group", outputs, kl=trained(outputs), texts=texts, rows=outputs.example_id)
 
 
 def empty(env_id: str) -> None:
@@ -90,7 +103,7 @@ def tool_calls() -> None:
     Generator.text = text
     outputs = roll_out("classic-colors", tools=True)
     Generator.text = PLAIN_TEXT
-    say("tools", outputs, looked=classic_colors.LOOKED,
+    say("tools", outputs, kl=trained(outputs), looked=classic_colors.LOOKED,
         roles=[[message["role"] for message in said] for said in outputs.completion],
         replies=[said[1]["content"] for said in outputs.completion],
         shown=[tool["function"]["name"] for tool in TRAINER.adapter.tools])
@@ -106,11 +119,14 @@ if __name__ == "__main__":
     say("max_turns", roll_out(env_id, max_turns=1))
     lost_server(env_id)
     empty(env_id)
+    other_version("neither")
     if CLASSIC:
         for name in ("bug", "rewrites"):
             fault(name, env_id)
         say("timeout", roll_out(env_id, fault="hangs", timeout=1.0))
         group_rewards()
         tool_calls()
+    else:
+        other_version("classic")
     kept = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     print(json.dumps({"case": "signals", "kept": kept}), flush=True)
