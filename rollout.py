@@ -153,7 +153,7 @@ class GenerateOutputs:
     completion_mask: list[list[int]] = field(default_factory=list)
     completion_versions: list[list[int | None]] = field(default_factory=list)
     replies: list[list[Reply]] = field(default_factory=list)
-    conversation: list[int] = field(default_factory=list)  # from 0; by default each is its own
+    conversation: list[int] = field(default_factory=list)  # a number; by default each has its own
     advantage: list[float] = field(default_factory=list)  # set by the trainer
     dropped: list[str] = field(default_factory=list)  # why some completions are missing
     weight_version: int = 0  # the step whose weights sampled these
@@ -187,6 +187,12 @@ class GenerateOutputs:
         """The first row of each conversation; most conversations have one row."""
         return [row for row, number in enumerate(self.conversation)
                 if row == 0 or number != self.conversation[row - 1]]
+
+    def places(self) -> list[int]:
+        """Of each row, the place of its conversation in first_rows()."""
+        numbers = list(dict.fromkeys(self.conversation))
+        place_of = {number: place for place, number in enumerate(numbers)}
+        return [place_of[number] for number in self.conversation]
 
     def means(self, prefix: str = "") -> dict[str, float]:
         """Over conversations, of the reward and of each reward function, whose names get the prefix."""

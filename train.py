@@ -222,7 +222,7 @@ class MultimodalGRPOTrainer:
             first, groups = outputs.first_rows(), torch.tensor(outputs.groups())
             advantages = group_advantages(batch.rewards[first], groups[first],
                                           self.config.divide_by_std)
-            batch.advantages = advantages[outputs.conversation]  # each stretch has that of the whole
+            batch.advantages = advantages[outputs.places()]  # each stretch has that of the whole
         outputs.advantage = batch.advantages.tolist()
         return batch
 

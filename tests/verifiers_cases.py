@@ -121,8 +121,9 @@ if __name__ == "__main__":
     empty(env_id)
     other_version("neither")
     if CLASSIC:
-        for name in ("bug", "rewrites"):
-            fault(name, env_id)
+        fault("bug", env_id)
+        outputs = roll_out(env_id, fault="rewrites")
+        say("rewrites", outputs, kl=trained(outputs))
         say("timeout", roll_out(env_id, fault="hangs", timeout=1.0))
         group_rewards()
         tool_calls()
