@@ -4,12 +4,13 @@ The policy is the red shape on a small board and has to reach the green one. It 
 move; the environment moves it, turns the whole board by a random number of quarters, draws it with
 new looks, and asks again. A move means what it means in the newest picture. So nobody can plan the
 way from the first picture: whoever does not look at the later ones moves at random, whatever they
-say. On 3x3 boards and in 6 turns, exact: random moves reach the goal on 34.0 % of the boards, and
-the best first move, with any later ones that do not depend on the later pictures, on 59.2 %.
+say. Exactly, on 3x3 boards whose goal is at least two moves away, in 8 turns: random moves reach it
+on 32.5 % of the boards, and the best first move, followed by any that do not depend on the later
+pictures, on 46.0 %.
 
 A row is a function of (seed, split, index): where red and green are, how the board is turned and
-how it is drawn in each turn. No drawing of one split is in the other. The 72 places of red and green
-on a 3x3 board are in both.
+how it is drawn in each turn. No drawing of one split is in the other; but a 3x3 board has only 72
+places of red and green, which are in both.
 """
 import random
 from collections.abc import Callable, Sequence
@@ -34,15 +35,18 @@ class Board:
     goal: Cell
 
     @property
-    def solved(self) -> bool:
-        return self.agent == self.goal
+    def distance(self) -> int:
+        """The moves of the shortest way to the goal."""
+        return sum(abs(a - g) for a, g in zip(self.agent, self.goal, strict=True))
 
 
-def deal(size: int, rng: random.Random) -> Board:
-    """Agent and goal in two cells of an empty board."""
+def deal(size: int, rng: random.Random, distance: int = 1) -> Board:
+    """Agent and goal in two cells of an empty board, at least so many moves apart."""
     cells = [(column, row) for column in range(size) for row in range(size)]
-    agent, goal = rng.sample(cells, 2)
-    return Board(size, agent, goal)
+    while True:
+        board = Board(size, *rng.sample(cells, 2))
+        if board.distance >= distance:
+            return board
 
 
 def step(board: Board, move: str) -> Board:
@@ -86,8 +90,9 @@ def ask(image: Image.Image) -> list[dict]:
 class Boards(Sequence):
     """Rows that are drawn when they are asked for; nothing is kept."""
 
-    def __init__(self, seed: int, split: str, length: int, size: int):
-        self.seed, self.split, self.length, self.size = seed, split, length, size
+    def __init__(self, seed: int, split: str, length: int, size: int, distance: int):
+        self.seed, self.split, self.length = seed, split, length
+        self.size, self.distance = size, distance
 
     def __len__(self) -> int:
         return self.length
@@ -96,7 +101,7 @@ class Boards(Sequence):
         if not 0 <= index < self.length:
             raise IndexError(f"row {index} of {self.length}")  # this is also what ends a for loop
         name = f"{self.seed}-{self.split}-{index}"
-        board = deal(self.size, random.Random(name))
+        board = deal(self.size, random.Random(name), self.distance)
         image = draw(board, random.Random(f"{name}-0"))
         return {"prompt": ask(image), "answer": "", "info": {"board": board, "name": name}}
 
@@ -113,16 +118,18 @@ def moves_to_goal(completion: list[dict], answer: str, solved: bool = False, mov
 
 
 def load_environment(num_train: int = 2000, num_eval: int = 100, seed: int = 0, size: int = 3,
-                     turns: int = 6, cost: float = 0.02, blind: bool = False) -> Environment:
-    """At most `turns` moves. The reward is 1 - cost * moves if they reach the goal, else 0.
+                     distance: int = 2, turns: int = 8, cost: float = 0.02,
+                     blind: bool = False) -> Environment:
+    """Boards whose goal is at least `distance` moves away, and at most `turns` moves to reach it.
 
-    With `blind`, all pictures after the first turn are gray.
+    The reward is 1 - cost * moves for that, else 0. With `blind`, all pictures after the first turn
+    are gray.
     """
 
     def play(say: Callable, completion: str, answer: str, board: Board, name: str) -> dict:
         moves = 1
         board = step(board, completion)
-        while not board.solved and moves < turns:
+        while board.distance and moves < turns:
             rng = random.Random(f"{name}-{moves}")  # the same for every conversation of a group
             board = turn(board, rng.randrange(4))
             image = draw(board, rng)
@@ -131,8 +138,8 @@ def load_environment(num_train: int = 2000, num_eval: int = 100, seed: int = 0, 
             completion = say(ask(image))
             moves += 1
             board = step(board, completion)
-        return {"solved": board.solved, "moves": moves}
+        return {"solved": board.distance == 0, "moves": moves}
 
-    return Environment(train=Boards(seed, "train", num_train, size),
-                       eval=Boards(seed, "eval", num_eval, size),
+    return Environment(train=Boards(seed, "train", num_train, size, distance),
+                       eval=Boards(seed, "eval", num_eval, size, distance),
                        rewards=[success, moves_to_goal], weights=[1.0, -cost], play=play)

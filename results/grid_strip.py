@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from envs.grid import Board, load_environment
+from envs.grid import load_environment
 
 BEFORE = HERE.parent / "models" / "tiny-grid-vl"
 WAY = 4          # moves: the first held-out board that needs so many, the most on a 3x3 board
@@ -43,15 +43,11 @@ class Speaker:
         return answer
 
 
-def shortest_way(board: Board) -> int:
-    return sum(abs(agent - goal) for agent, goal in zip(board.agent, board.goal))
-
-
 def walk(folder: str | Path) -> tuple[list[Image.Image], list[str]]:
     """The pictures of one walk, and the move that was made in each."""
     torch.manual_seed(0)
     speaker, environment = Speaker(folder), load_environment()
-    row = next(row for row in environment.eval if shortest_way(row["info"]["board"]) == WAY)
+    row = next(row for row in environment.eval if row["info"]["board"].distance == WAY)
     found = environment.play(speaker.say, speaker.say(row["prompt"]), row["answer"], **row["info"])
     end = "reached" if found["solved"] else "not reached"
     captions = speaker.moves[:-1] + [f"{speaker.moves[-1]}: {end}"]
