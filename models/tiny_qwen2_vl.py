@@ -67,23 +67,25 @@ TEXT = ["system\nYou are a helpful assistant.", "user\n", "assistant\n",
         *COLORS, *(f"The shape is {color}." for color in COLORS)]
 
 
-def make_processor() -> Qwen2VLProcessor:
+def make_processor(texts: list[str] = TEXT) -> Qwen2VLProcessor:
+    """Its tokenizer learns whole words of these texts."""
     tokenizer = Qwen2Tokenizer(eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer = tokenizer.train_new_from_iterator(
-        TEXT, vocab_size=512, new_special_tokens=MARKUP, show_progress=False)
+        texts, vocab_size=512, new_special_tokens=MARKUP, show_progress=False)
     tokenizer.model_max_length = CONTEXT
     pixels = {"shortest_edge": 28 * 28, "longest_edge": 448 * 448}  # areas, despite the names
     return Qwen2VLProcessor(Qwen2VLImageProcessor(size=pixels), tokenizer,
                             Qwen2VLVideoProcessor(size=pixels), chat_template=CHAT_TEMPLATE)
 
 
-def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
+def make_model(tokenizer: Qwen2Tokenizer,
+               rope_theta: float = 10_000.0) -> Qwen2VLForConditionalGeneration:
     ids = tokenizer.get_vocab()
     text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 256,
             "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
             "max_position_embeddings": CONTEXT, "initializer_range": INIT, "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta,
                                 "mrope_section": [4, 6, 6]}}  # sums to half of the head size, 32
     vision = {"depth": 2, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 64,
               "initializer_range": INIT}

@@ -1,4 +1,4 @@
-"""Draw results/colors.svg: held-out accuracy of the runs in results/*.jsonl, per step.
+"""Draw the curves of the README, results/*.svg, from the metrics of the runs in results/*.jsonl.
 
     python results/plot.py
 """
@@ -7,23 +7,31 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 320, 50, 40
-RUNS = [("colors-seed-0", "#1b6ca8", "seed 0"), ("colors-seed-1", "#2a9d8f", "seed 1"),
-        ("colors-seed-2", "#e09f3e", "seed 2"), ("colors-cold", "#b0413e", "colder base model")]
+COLORS = [("colors-seed-0", "#1b6ca8", "seed 0"), ("colors-seed-1", "#2a9d8f", "seed 1"),
+          ("colors-seed-2", "#e09f3e", "seed 2"), ("colors-cold", "#b0413e", "colder base model")]
+GRID = [("grid-seed-0", "#1b6ca8", "seed 0"), ("grid-seed-1", "#2a9d8f", "seed 1"),
+        ("grid-seed-2", "#e09f3e", "seed 2"), ("grid-blind", "#b0413e", "later pictures gray")]
 
 
 def main():
+    draw("colors.svg", "eval/reward", COLORS)
+    draw("grid.svg", "eval/success", GRID)
+
+
+def draw(picture: str, metric: str, runs: list[tuple[str, str, str]]) -> None:
+    """A share between 0 and 1 per step, of the runs (file, color, label)."""
     curves = []
-    for name, color, label in RUNS:
+    for name, color, label in runs:
         lines = [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text().splitlines()]
-        curves.append((color, label, [(line["step"], line["eval/reward"]) for line in lines
-                                      if "eval/reward" in line]))
+        curves.append((color, label, [(line["step"], line[metric]) for line in lines
+                                      if metric in line]))
     last = max(step for *_, points in curves for step, _ in points)
 
     def x(step):
         return LEFT + step / last * (WIDTH - LEFT - 20)
 
-    def y(accuracy):
-        return HEIGHT - BOTTOM - accuracy * (HEIGHT - BOTTOM - 20)
+    def y(share):
+        return HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - 20)
 
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
              'font-family="sans-serif" font-size="12">',
@@ -39,7 +47,7 @@ def main():
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>'
                      f'<text x="{WIDTH - 150}" y="{HEIGHT - 115 + 16 * i}" fill="{color}">'
                      f'{label}: {points[-1][1]:.1%}</text>')
-    (HERE / "colors.svg").write_text("\n".join([*parts, "</svg>"]) + "\n")
+    (HERE / picture).write_text("\n".join([*parts, "</svg>"]) + "\n")
 
 
 if __name__ == "__main__":
