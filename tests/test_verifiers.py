@@ -26,16 +26,17 @@ from support.verifiers_bridge import ToolCall, find_tool_calls, gist
 from test_faults import command
 
 FOLDER = Path(os.environ.get("VERIFIERS_ENVIRONMENTS", tempfile.gettempdir()))
-UNREACHABLE = ("from versions: none", "could not resolve host", "connection", "timed out")
+UNREACHABLE = ("from versions: none", "could not resolve host", "connection", "timed out",
+               "cannot find command 'git'")
 CODEWORD = os.environ.get(
     "COLOR_CODEWORD", "git+https://github.com/PrimeIntellect-ai/verifiers"
     "@91d4f69e699b03f4b328b4afc1e10820bd25f798#subdirectory=environments/color_codeword")
 
 
-def environment(version: str) -> str:
-    """The Python that has this version of verifiers; skips the test if it cannot be had."""
+def environment(version: str, package: str = "verifiers", extra: str = "") -> str:
+    """The Python that has this version of a package; skips the test if it cannot be had."""
     seen = hashlib.sha256(f"{sys.prefix} {sys.version}".encode()).hexdigest()[:8]
-    folder = FOLDER / f"verifiers-{version}-{seen}"
+    folder = FOLDER / f"{package}-{version}-{seen}"
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -43,7 +44,7 @@ def environment(version: str) -> str:
         [packages] = folder.glob("lib/python*/site-packages")
         lines = [f"import site; site.addsitedir({path!r})" for path in site.getsitepackages()]
         (packages / "packages_of_the_tests.pth").write_text("\n".join(lines))
-        install(python, f"verifiers=={version}")
+        install(python, f"{package}{extra}=={version}")
         (folder / "complete").touch()
     return str(python)
 
