@@ -67,6 +67,7 @@ class Environment:
     compare: Callable[[list[dict]], list[dict]] | None = None
     tools: Sequence[dict] = ()              # that chat templates show, in OpenAI's form; play
                                             # finds the calls in the text of a completion
+
     def __post_init__(self):
         names = {getattr(reward, "__name__", None) for reward in self.rewards} - {None}
         weights = self.weights or [1.0] * len(self.rewards)
@@ -508,12 +509,19 @@ class Generator:
                 raise
             except Exception as error:  # a timeout, or what a play that is compared later raised
                 result = Failure(job.index, error)
-            (played if isinstance(result, tuple) else group).append(result)
+            if isinstance(result, tuple):
+                played.append(result)
+            else:
+                group.append(result)
         if played:
-            compare = Task(lambda: self.environment.compare([found for _, found in played]))
-            infos = compare.result(self.config.generation_timeout, "group reward", TIMEOUT_HINT)
-            for (fields, _), info in zip(played, infos, strict=True):
-                group.append(self.score(lambda: (fields, info), shared))
+            self.compare(played, shared, group)
+
+    def compare(self, played: list[tuple[dict, dict]], shared: dict, group: list) -> None:
+        """Add conversations to the group that are rewarded beside each other alone."""
+        comparing = Task(lambda: self.environment.compare([found for _, found in played]))
+        infos = comparing.result(self.config.generation_timeout, "group reward", TIMEOUT_HINT)
+        for (fields, _), info in zip(played, infos, strict=True):
+            group.append(self.score(lambda: (fields, info), shared))
 
     def answer(self, choice: dict, shared: dict) -> tuple[dict, dict]:
         """(the fields of the Rollout of a single completion, no further info)."""

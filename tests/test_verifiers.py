@@ -60,7 +60,8 @@ def record(version: str, lines: list[dict]) -> None:
     if "VERIFIERS_RESULTS" in os.environ:
         with open(os.environ["VERIFIERS_RESULTS"], "a") as file:
             for line in lines:
-                file.write(json.dumps({"verifiers": version, **line}) + "\n")
+                text = json.dumps({"verifiers": version, **line})
+                file.write(text.replace(f"{ROOT}/", "") + "\n")
 
 
 def train(version: str, server, tmp_path, env_id: str, **options) -> list[dict]:
