@@ -6,6 +6,7 @@ files); without a registry of packages the tests are skipped. What is trained is
 classic_colors.py and taskset_colors.py, and what goes wrong in verifiers_cases.py. What the runs
 print is added to the file that VERIFIERS_RESULTS names, if it does.
 """
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -37,14 +38,16 @@ def environment(version: str) -> str:
     seen = hashlib.sha256(f"{sys.prefix} {sys.version}".encode()).hexdigest()[:8]
     folder = FOLDER / f"verifiers-{version}-{seen}"
     python = folder / "bin" / "python"
-    if not (folder / "complete").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([PYTHON, "-m", "venv", folder], check=True)
-        [packages] = folder.glob("lib/python*/site-packages")
-        lines = [f"import site; site.addsitedir({path!r})" for path in site.getsitepackages()]
-        (packages / "packages_of_the_tests.pth").write_text("\n".join(lines))
-        install(python, f"verifiers=={version}")
-        (folder / "complete").touch()
+    with open(FOLDER / f"{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run of the tests may be building it
+        if not (folder / "complete").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            subprocess.run([PYTHON, "-m", "venv", folder], check=True)
+            [packages] = folder.glob("lib/python*/site-packages")
+            lines = [f"import site; site.addsitedir({path!r})" for path in site.getsitepackages()]
+            (packages / "packages_of_the_tests.pth").write_text("\n".join(lines))
+            install(python, f"verifiers=={version}")
+            (folder / "complete").touch()
     return str(python)
 
 
