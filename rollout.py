@@ -599,10 +599,14 @@ class Generator:
             else:
                 group.append(result)
         if played:
-            compare = Task(lambda: self.environment.compare([found for *_, found in played]))
-            infos = compare.result(self.config.generation_timeout, "group reward", TIMEOUT_HINT)
-            for (said, stretches, _), info in zip(played, infos, strict=True):
-                group.append(self.score(lambda: (said, stretches, info), shared))
+            self.compare(played, shared, group)
+
+    def compare(self, played: list[tuple], shared: dict, group: list) -> None:
+        """Add conversations to the group that are rewarded beside each other alone."""
+        comparing = Task(lambda: self.environment.compare([found for *_, found in played]))
+        infos = comparing.result(self.config.generation_timeout, "group reward", TIMEOUT_HINT)
+        for (said, stretches, _), info in zip(played, infos, strict=True):
+            group.append(self.score(lambda: (said, stretches, info), shared))
 
     def answer(self, choice: dict, shared: dict) -> tuple[str, list[dict], dict]:
         """(a completion, the fields of its Rollout, no further info)."""

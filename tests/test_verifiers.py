@@ -6,6 +6,8 @@ files); without a registry of packages the tests are skipped. What is trained is
 classic_colors.py and taskset_colors.py, and what goes wrong in verifiers_cases.py. What the runs
 print is added to the file that VERIFIERS_RESULTS names, if it does.
 """
+import doctest
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -22,6 +24,7 @@ import pytest
 from adapter import MultimodalAdapter
 from conftest import PYTHON, ROOT, make_trainer
 from rollout import load_environment
+from support import verifiers_bridge
 from support.verifiers_bridge import ToolCall, find_tool_calls, gist
 from test_faults import command
 
@@ -38,14 +41,16 @@ def environment(version: str, package: str = "verifiers", extra: str = "") -> st
     seen = hashlib.sha256(f"{sys.prefix} {sys.version}".encode()).hexdigest()[:8]
     folder = FOLDER / f"{package}-{version}-{seen}"
     python = folder / "bin" / "python"
-    if not (folder / "complete").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([PYTHON, "-m", "venv", folder], check=True)
-        [packages] = folder.glob("lib/python*/site-packages")
-        lines = [f"import site; site.addsitedir({path!r})" for path in site.getsitepackages()]
-        (packages / "packages_of_the_tests.pth").write_text("\n".join(lines))
-        install(python, f"{package}{extra}=={version}")
-        (folder / "complete").touch()
+    with open(FOLDER / f"{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run of the tests may be building it
+        if not (folder / "complete").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            subprocess.run([PYTHON, "-m", "venv", folder], check=True)
+            [packages] = folder.glob("lib/python*/site-packages")
+            lines = [f"import site; site.addsitedir({path!r})" for path in site.getsitepackages()]
+            (packages / "packages_of_the_tests.pth").write_text("\n".join(lines))
+            install(python, f"{package}{extra}=={version}")
+            (folder / "complete").touch()
     return str(python)
 
 
@@ -61,7 +66,8 @@ def record(version: str, lines: list[dict]) -> None:
     if "VERIFIERS_RESULTS" in os.environ:
         with open(os.environ["VERIFIERS_RESULTS"], "a") as file:
             for line in lines:
-                file.write(json.dumps({"verifiers": version, **line}) + "\n")
+                text = json.dumps({"verifiers": version, **line})
+                file.write(text.replace(f"{ROOT}/", "") + "\n")
 
 
 def train(version: str, server, tmp_path, env_id: str, **options) -> list[dict]:
@@ -193,6 +199,7 @@ def test_tools_are_called_for_real(cases):
 
 def test_tool_calls_are_found_as_the_server_would_find_them():
     """As its parser "hermes": also one that max_tokens cut behind its JSON, but nothing half."""
+    assert doctest.testmod(verifiers_bridge).failed == 0
     call = '<tool_call>{"name": "f", "arguments": {}}'
     assert find_tool_calls("no call", 1) == ("no call", [])
     assert find_tool_calls(f"a{call}", 1) == ("a", [ToolCall("call-1-0", "f", "{}")])
