@@ -15,6 +15,7 @@ from train import served
 
 LAYOUTS = {  # config file -> (backend, flags of the server, GPUs of the server)
     "config.toml": ("gloo", {"tensor_parallel_size": 1, "dtype": "float32"}, 0),
+    "configs/grid.toml": ("gloo", {"tensor_parallel_size": 1, "dtype": "float32"}, 0),
     "configs/qwen2-vl-2b-shared-gpu.toml": ("ipc", {"enable_sleep_mode": True}, 1),
     "configs/qwen2-vl-7b.toml": ("nccl", {"tensor_parallel_size": 1}, 1),
     "configs/qwen2-vl-7b-node.toml": ("nccl", {"data_parallel_size": 4}, 4),
@@ -32,7 +33,7 @@ def test_the_layout_decides_backend_and_flags_and_vllm_understands_them(path, mo
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     backend, flags, gpus = LAYOUTS[path]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: path != "config.toml")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     config = load_config(str(ROOT / path), ["vllm_server_host=127.0.0.1"])
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(
         server_command(config)[3:])
