@@ -27,7 +27,7 @@ from support.messages import ConversationOver, image_urls, render_prompt
 from support.owner import step_of
 from support.prompts import clean_prompt, row_prompt, template_options
 from support.rewards import copied, number, scores
-from support.task import Task, without_limit
+from support.task import Task, encoding_pool, without_limit
 from support.text import describe, plain
 
 TIMEOUT_HINT = " (see generation_timeout)"
@@ -390,7 +390,7 @@ class Conversation:
             known = last.prompt_ids + last.completion_ids
             urls = last.urls + urls
         text = self.adapter.render(messages, history)
-        encoded = self.adapter.encode_text(text, images)
+        encoded = generator.encoders.apply(self.adapter.encode_text, (text, images))
         length = len(known) + encoded["input_ids"].shape[1] + generator.config.max_tokens
         if length > generator.max_model_len:
             raise ConversationOver(f"{length} tokens, max_model_len {generator.max_model_len}")
@@ -445,6 +445,7 @@ class Generator:
         self.url = config.url
         self.pool = ThreadPool(config.max_concurrent)  # daemons: a hung request keeps nobody here
         atexit.register(self.pool.terminate)
+        self.encoders = encoding_pool()
         model = self.call("v1/models", method="get")["data"][0]
         self.max_model_len = model.get("max_model_len", math.inf)
         # The sampling distribution must be the softmax that the trainer differentiates. By itself
@@ -567,7 +568,8 @@ class Generator:
                     group: list) -> None:
         """Add each completion, or the conversation that begins with it, to the group, rewarded."""
         if self.adapter and job.trained:
-            encoded = self.adapter.encode(shared["prompt"], shared["images"])
+            encoded = self.encoders.apply(
+                self.adapter.encode, (shared["prompt"], shared["images"]))
             shared["encoded"] = self.adapter.as_served(encoded, shared["prompt_ids"])
         if self.environment.play is None:
             for choice in choices:

@@ -1,9 +1,14 @@
-"""A limit of time for what others wrote, or serve."""
+"""Threads: a limit of time for what others wrote, or serve; and those that encode pictures."""
+import atexit
 import contextlib
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
+
+import torch
 
 CURRENT = threading.local()  # .task: that of this thread
 
@@ -52,3 +57,15 @@ def without_limit():
         yield
     finally:
         task.since = time.monotonic()
+
+
+def encoding_pool() -> ThreadPool:
+    """Threads in which processors run, each of which does torch's work alone.
+
+    A thread that calls torch gets a team of helpers of its own. For hundreds of threads that soon
+    end, one of each conversation, that costs more than the pictures (three seconds instead of two,
+    of 256 conversations), and helpers on busy cores keep their thread waiting.
+    """
+    pool = ThreadPool(os.cpu_count(), torch.set_num_threads, (1,))
+    atexit.register(pool.terminate)
+    return pool

@@ -1,5 +1,6 @@
 """The layout: which module may import which, what a fork touches, and what a batch refuses."""
 import ast
+import contextlib
 import dataclasses
 
 import pytest
@@ -10,6 +11,7 @@ from adapter import MultimodalAdapter
 from batch import MultimodalBatch
 from conftest import ROOT, canned, gradients, make_trainer, noise, relative_difference
 from support.config import MultimodalRLConfig, load_config
+from support.task import encoding_pool
 
 LEVELS = {  # an import goes down, or sideways between the modules of the middle
     "train": 3, "policy": 2, "adapter": 2, "rollout": 2, "sync": 2, "support": 2,
@@ -187,3 +189,11 @@ def test_without_image_rows_every_row_shows_one_image():
                                         extra_model_kwargs={"image_grid_thw": grid}))
     assert patches.image_rows == {"pixel_values": [8, 24], "image_grid_thw": [1, 1]}
     assert patches.select([1]).pixel_values[:, 0].tolist() == list(range(8, 32))
+
+
+def test_threads_that_encode_leave_the_trainer_its_own():
+    (torch.ones(300, 300) @ torch.ones(300, 300)).sum()  # torch counts a thread's helpers in here
+    before = torch.get_num_threads()
+    with contextlib.closing(encoding_pool()) as pool:
+        assert pool.apply(torch.get_num_threads) == 1
+    assert torch.get_num_threads() == before
