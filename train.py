@@ -305,9 +305,10 @@ class MultimodalGRPOTrainer:
         groups = torch.tensor(outputs.groups())
         lengths = [float(len(ids)) for ids in outputs.completion_ids]
         trained_groups = len(groups[batch.advantages != 0].unique())
+        first = outputs.first_rows()
         return {**outputs.means("reward/"), "tokens": batch.loss_mask.sum().item(),
-                "reward_std": batch.rewards[outputs.first_rows()].std(correction=0).item(),
-                "rewritten_histories": len(outputs) - len(outputs.first_rows()),
+                "reward_std": batch.rewards[first].std(correction=0).item(),
+                "rewritten_histories": len(outputs) - len(first),
                 "zero_advantage_groups": 1 - trained_groups / len(groups.unique()),
                 "completion_length": statistics.mean(lengths),
                 "completion_length_max": max(lengths), "dropped": len(outputs.dropped),

@@ -22,6 +22,7 @@ from support.config import load_config  # noqa: E402
 from train import served  # noqa: E402
 
 PAIRS = 10
+pictures = load_environment()
 
 
 def ask_again(say, completion, answer, number):
@@ -47,9 +48,6 @@ def seconds(generator, step: int, prompts: int) -> float:
     if turns != 512 or outputs.dropped:
         raise RuntimeError(f"{turns} completions, not 512: {outputs.dropped[:1]}")
     return took
-
-
-pictures = load_environment()
 
 
 def main():

@@ -20,7 +20,7 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from envs.grid import MOVES, QUESTION, Board, Cell, deal, draw, step
-from models.tiny_qwen2_vl import make_model, make_processor
+from models.tiny_qwen2_vl import make
 
 OUT = Path(__file__).with_name("tiny-grid-vl")
 SIZE = 3              # cells of a board, each way
@@ -115,19 +115,5 @@ def accuracies(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcess
     return {text: round(sum(right) / len(right), 3) for text, right in found.items()}
 
 
-def main():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)  # sums in another order are other sums
-    torch.use_deterministic_algorithms(True)
-    processor = make_processor(TEXT)
-    model = make_model(processor.tokenizer, ROPE_THETA)
-    warm_start(model, processor)
-    model.save_pretrained(OUT)
-    processor.save_pretrained(OUT)
-    parameters = sum(p.numel() for p in model.parameters())
-    size = sum(path.stat().st_size for path in OUT.iterdir())
-    print(f"{OUT}: {parameters:,} parameters, {size / 1e6:.2f} MB")
-
-
 if __name__ == "__main__":
-    main()
+    make(OUT, warm_start, TEXT, ROPE_THETA)

@@ -11,6 +11,7 @@ to sharpen.
 The same versions of the libraries on the same CPU write the same bytes.
 """
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -67,7 +68,7 @@ TEXT = ["system\nYou are a helpful assistant.", "user\n", "assistant\n",
         *COLORS, *(f"The shape is {color}." for color in COLORS)]
 
 
-def make_processor(texts: list[str] = TEXT) -> Qwen2VLProcessor:
+def make_processor(texts: list[str]) -> Qwen2VLProcessor:
     """Its tokenizer learns whole words of these texts."""
     tokenizer = Qwen2Tokenizer(eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer = tokenizer.train_new_from_iterator(
@@ -78,8 +79,7 @@ def make_processor(texts: list[str] = TEXT) -> Qwen2VLProcessor:
                             Qwen2VLVideoProcessor(size=pixels), chat_template=CHAT_TEMPLATE)
 
 
-def make_model(tokenizer: Qwen2Tokenizer,
-               rope_theta: float = 10_000.0) -> Qwen2VLForConditionalGeneration:
+def make_model(tokenizer: Qwen2Tokenizer, rope_theta: float) -> Qwen2VLForConditionalGeneration:
     ids = tokenizer.get_vocab()
     text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 256,
             "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -126,19 +126,21 @@ def warm_start(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcess
             print(f"step {step:3d}  loss {loss:.3f}", flush=True)
 
 
-def main():
+def make(out: Path, warm_start: Callable, texts: list[str] = TEXT,
+         rope_theta: float = 10_000.0) -> None:
+    """Write a warm-started checkpoint of this architecture, the same bytes each time."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # sums in another order are other sums
     torch.use_deterministic_algorithms(True)
-    processor = make_processor()
-    model = make_model(processor.tokenizer)
+    processor = make_processor(texts)
+    model = make_model(processor.tokenizer, rope_theta)
     warm_start(model, processor)
-    model.save_pretrained(OUT)
-    processor.save_pretrained(OUT)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
     parameters = sum(p.numel() for p in model.parameters())
-    size = sum(path.stat().st_size for path in OUT.iterdir())
-    print(f"{OUT}: {parameters:,} parameters, {size / 1e6:.2f} MB")
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(f"{out}: {parameters:,} parameters, {size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    make(OUT, warm_start)

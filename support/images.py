@@ -134,7 +134,7 @@ def own_image(image: Image.Image) -> Image.Image:
     not touched.
     """
     if getattr(image, "fp", None) is None:  # nothing of it is left to decode, it is only read
-        return image.copy()
+        return still_copy(image)
     with USERS_OBJECT:
         if getattr(image, "_im", None) is None:
             own = open_bytes(read_file(image.fp))
@@ -143,9 +143,14 @@ def own_image(image: Image.Image) -> Image.Image:
                 own.draft(image.mode, image.size)  # as the user has said, of a JPEG
             if (own.size, own.mode) == (image.size, image.mode):
                 return own
-        if is_animated(image):
-            raise ValueError("it is animated")
-        return image.copy()
+        return still_copy(image)
+
+
+def still_copy(image: Image.Image) -> Image.Image:
+    """A copy; ValueError for an animation, of which it would show one picture."""
+    if is_animated(image):
+        raise ValueError("it is animated")
+    return image.copy()
 
 
 def without_shared_images(value):

@@ -64,7 +64,8 @@ def encoding_pool() -> ThreadPool:
 
     A thread that calls torch gets a team of helpers of its own. For hundreds of threads that soon
     end, one of each conversation, that costs more than the pictures (three seconds instead of two,
-    of 256 conversations), and helpers on busy cores keep their thread waiting.
+    of 256 conversations), and helpers on busy cores keep their thread waiting. Threads that call torch
+    for the first time after this have no helpers either; the trainer's own keeps its team.
     """
     pool = ThreadPool(os.cpu_count(), torch.set_num_threads, (1,))
     atexit.register(pool.terminate)

@@ -199,14 +199,19 @@ def test_a_history_that_is_rewritten_becomes_one_row_per_unbroken_stretch(server
         sum(outputs.reward[row] for row in outputs.first_rows()) / 16)
 
 
+def written_groups(trainer, outputs, folder):
+    """(the example, what is written of it) of two of the four groups of a step."""
+    trainer.build_batch(outputs)
+    trainer.records.write_rollouts(1, outputs, trainer.tokenizer)
+    for example in list(dict.fromkeys(outputs.example_id))[::2]:
+        yield example, json.loads((folder / f"{example}.json").read_text())
+
+
 def test_a_stretch_is_written_with_what_the_policy_then_saw(server, tmp_path):
     trainer = talker(server, play=begins_anew, output_dir=str(tmp_path))
     outputs = trainer.generator.collect(trainer.generator.begin(0, 4, 2))
-    trainer.build_batch(outputs)
-    trainer.records.write_rollouts(1, outputs, trainer.tokenizer)
     folder = tmp_path / "colors" / "rollouts" / "step-1"
-    for example in list(dict.fromkeys(outputs.example_id))[::2]:
-        group = json.loads((folder / f"{example}.json").read_text())
+    for example, group in written_groups(trainer, outputs, folder):
         number = outputs.info[outputs.example_id.index(example)]["number"]
         kinds = ["policy", "environment", "policy", "environment", "policy", "environment"]
         if number % 2:
@@ -328,11 +333,8 @@ def test_a_reply_that_is_none_drops_its_conversation_alone(server, fault, said):
 def test_written_rollouts_show_every_turn_with_its_image(server, tmp_path):
     trainer = talker(server, output_dir=str(tmp_path), log_every_steps=1)
     outputs = trainer.generator.collect(trainer.generator.begin(0, 4, 2))
-    trainer.build_batch(outputs)
-    trainer.records.write_rollouts(1, outputs, trainer.tokenizer)
     folder = tmp_path / "colors" / "rollouts" / "step-1"
-    for example in list(dict.fromkeys(outputs.example_id))[::2]:
-        group = json.loads((folder / f"{example}.json").read_text())
+    for example, group in written_groups(trainer, outputs, folder):
         rows = [row for row, name in enumerate(outputs.example_id) if name == example]
         assert [said["reward"] for said in group["completions"]] == [outputs.reward[r] for r in rows]
         for row, said in zip(rows, group["completions"]):

@@ -387,11 +387,21 @@ def bomb() -> bytes:
             + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
 
 
+def played(data: bytes) -> Image.Image:
+    """An animation whose pixels and picture numbers are known, and whose file is closed."""
+    image = Image.open(io.BytesIO(data))
+    image.seek(1)
+    image.load()
+    image.fp = None
+    return image
+
+
 BAD_IMAGES = {
     "missing": "nowhere/to/be/found.png", "truncated": png(noise(56, 56))[:500], "empty": b"",
     "no image": b"hello", "no pixels": Image.new("RGB", (0, 5)), "a bomb": bomb(),
     "animated": png(noise(56, 56), "GIF", save_all=True, append_images=[noise(56, 56, 1)]),
     "animated png": png(noise(56, 56), save_all=True, append_images=[noise(56, 56, 1)]),
+    "played": played(png(noise(56, 56), "GIF", save_all=True, append_images=[noise(56, 56, 1)])),
     "a local file by URL": "file:///etc/passwd", "ftp": "ftp://127.0.0.1/a.png",
     "nothing": None, "floats": Image.new("F", (56, 56)), "bad data URI": "data:image/png;base64,AA",
 }

@@ -6,7 +6,6 @@ files); without a registry of packages the tests are skipped. What is trained is
 classic_colors.py and taskset_colors.py, and what goes wrong in verifiers_cases.py. What the runs
 print is added to the file that VERIFIERS_RESULTS names, if it does.
 """
-import doctest
 import fcntl
 import hashlib
 import importlib.util
@@ -24,7 +23,6 @@ import pytest
 from adapter import MultimodalAdapter
 from conftest import PYTHON, ROOT, make_trainer
 from rollout import load_environment
-from support import verifiers_bridge
 from support.verifiers_bridge import ToolCall, find_tool_calls, gist
 from test_faults import command
 
@@ -199,7 +197,6 @@ def test_tools_are_called_for_real(cases):
 
 def test_tool_calls_are_found_as_the_server_would_find_them():
     """As its parser "hermes": also one that max_tokens cut behind its JSON, but nothing half."""
-    assert doctest.testmod(verifiers_bridge).failed == 0
     call = '<tool_call>{"name": "f", "arguments": {}}'
     assert find_tool_calls("no call", 1) == ("no call", [])
     assert find_tool_calls(f"a{call}", 1) == ("a", [ToolCall("call-1-0", "f", "{}")])
