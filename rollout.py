@@ -21,9 +21,9 @@ import requests
 from PIL import Image
 
 from support.config import stop_signals_kept
-from support.http import ServerError, call
+from support.http import Refusal, ServerError, call
 from support.images import without_shared_images
-from support.messages import ConversationOver, image_urls, render_prompt
+from support.messages import ConversationOver, image_parts, render_prompt
 from support.owner import step_of
 from support.prompts import clean_prompt, row_prompt, template_options
 from support.rewards import copied, number, scores
@@ -31,6 +31,7 @@ from support.task import Task, encoding_pool, without_limit
 from support.text import describe, plain
 
 TIMEOUT_HINT = " (see generation_timeout)"
+GENERATE = "inference/v1/generate"  # vLLM's route for token ids
 
 
 @dataclass(frozen=True)
@@ -190,9 +191,7 @@ class GenerateOutputs:
 
     def places(self) -> list[int]:
         """Of each row, the place of its conversation in first_rows()."""
-        numbers = list(dict.fromkeys(self.conversation))
-        place_of = {number: place for place, number in enumerate(numbers)}
-        return [place_of[number] for number in self.conversation]
+        return numbered(self.conversation)
 
     def means(self, prefix: str = "") -> dict[str, float]:
         """Over conversations, of the reward and of each reward function, whose names get the prefix."""
@@ -216,14 +215,23 @@ class GenerateOutputs:
 
     def groups(self) -> list[int]:
         """Each completion's group by a number: equal where the example_id is, of whatever type."""
-        numbers = {}
-        return [numbers.setdefault(example, len(numbers)) for example in self.example_id]
+        return numbered(self.example_id)
 
     def __getitem__(self, name: str):
         return getattr(self, name)
 
     def __len__(self) -> int:
         return len(self.completion_ids)
+
+
+def numbered(names: list) -> list[int]:
+    """Each name by a number, from 0 in the order of their first place; equal ones alike.
+
+    >>> numbered(["b", "a", "b"])
+    [0, 1, 0]
+    """
+    numbers = {}
+    return [numbers.setdefault(name, len(numbers)) for name in names]
 
 
 def load_environment(env_id: str, args: dict) -> Environment:
@@ -306,7 +314,7 @@ class Stretch:
     encoded: object            # what the adapter made of it
     prompt_ids: list[int]      # as served: an image is all of its tokens
     asked: list[int]           # all that was said, as the server is asked: an image is one token
-    urls: list[str]            # of all images so far
+    shown: list[dict]          # all images so far, as the server was sent them
     messages: list[dict] = field(default_factory=list)
     completion_ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
@@ -360,16 +368,24 @@ class Conversation:
         self.generator, self.adapter, self.seed = generator, generator.adapter, seed
         self.stretches = [first]
         self.turns = 0
-        self.said = []  # all messages after the first prompt
         self.hear(choice)
+
+    @property
+    def said(self) -> list[dict]:
+        """All messages after the first prompt."""
+        first, *later = self.stretches
+        return sum((stretch.messages for stretch in later), first.messages[len(first.prompt):])
+
+    @property
+    def finish_reason(self) -> str:
+        """Of the last completion: "stop", or "length" if it was cut."""
+        return self.stretches[-1].finish_reason
 
     def hear(self, choice: dict) -> str:
         """Add a completion; its text."""
         text = self.generator.text(choice)
-        self.num_tokens = len(choice["token_ids"])      # of the last completion
-        self.finish_reason = choice["finish_reason"]    # "stop", or "length" if it was cut
+        self.num_tokens = len(choice["token_ids"])  # of the last completion
         self.stretches[-1].hear(choice, text)
-        self.said.append(self.stretches[-1].messages[-1])
         self.turns += 1
         return text
 
@@ -383,12 +399,11 @@ class Conversation:
             raise ConversationOver(f"max_turns = {self.turns}")
         messages = clean_prompt(messages, reserved=generator.reserved)
         rendered, images = render_prompt(messages)
-        urls = image_urls(rendered)
-        history, known, asked = [], [], []
+        new_images = image_parts(rendered)
+        history, known, asked, shown = [], [], [], []
         if not anew:
-            history, asked = last.messages, last.asked
+            history, asked, shown = last.messages, last.asked, last.shown
             known = last.prompt_ids + last.completion_ids
-            urls = last.urls + urls
         text = self.adapter.render(messages, history)
         encoded = generator.encoders.apply(self.adapter.encode_text, (text, images))
         length = len(known) + encoded["input_ids"].shape[1] + generator.config.max_tokens
@@ -399,21 +414,21 @@ class Conversation:
             ids = ids[1:]
         asked = asked + ids
         with without_limit():  # of the environment's time
-            reply = generator.generate(asked, urls, self.seed, self.turns)
+            reply = generator.generate(asked, shown, new_images, self.seed, self.turns)
         # Nothing may be changed of what was served before, nor an image be left out of it.
         served = reply["prompt_token_ids"]
+        shown = shown + new_images
         placed = len((reply.get("mm_placeholders") or {}).get("image", ()))
-        if served[:len(known)] != known or placed != len(urls):
+        if served[:len(known)] != known or placed != len(shown):
             raise ValueError(f"turn {self.turns + 1}: the server read the conversation otherwise, "
-                             f"with {placed} of {len(urls)} images")
+                             f"with {placed} of {len(shown)} images")
         new = served[len(known):]
         encoded = self.adapter.as_served(encoded, new, is_reply=not anew)
         if anew:
-            self.stretches.append(Stretch(messages, images, encoded, new, asked, urls))
+            self.stretches.append(Stretch(messages, images, encoded, new, asked, shown))
         else:
             last.add_reply(messages, images, encoded, new)
-            last.asked, last.urls = asked, urls
-        self.said += messages
+            last.asked, last.shown = asked, shown
         return self.hear(reply["choices"][0])
 
     __call__ = say
@@ -546,13 +561,13 @@ class Generator:
         reply = self.call("v1/chat/completions", {
             **self.chat, **self.sampling, "messages": messages, "n": job.n,
             "seed": self.seed(job)})
-        urls = image_urls(messages)
+        shown = image_parts(messages)
         shared = {"prompt": row["prompt"], "answer": row.get("answer", ""),
                   "example_id": job.index, "info": row.get("info") or {},
-                  "state": {"image_url": urls[0] if urls else None, **row}, "images": images,
-                  "prompt_ids": reply["prompt_token_ids"], "encoded": None}
+                  "state": {"image_url": shown[0]["url"] if shown else None, **row},
+                  "images": images, "prompt_ids": reply["prompt_token_ids"], "encoded": None}
         group = []
-        return group, Task(lambda: self.score_group(job, reply["choices"], shared, urls, group))
+        return group, Task(lambda: self.score_group(job, reply["choices"], shared, shown, group))
 
     def seed(self, job: Job) -> int:
         """That of the job's first completion."""
@@ -564,7 +579,7 @@ class Generator:
         row["prompt"] = row_prompt(row, self.reserved)
         return row, *render_prompt(row["prompt"])
 
-    def score_group(self, job: Job, choices: list[dict], shared: dict, urls: list[str],
+    def score_group(self, job: Job, choices: list[dict], shared: dict, shown: list[dict],
                     group: list) -> None:
         """Add each completion, or the conversation that begins with it, to the group, rewarded."""
         if self.adapter and job.trained:
@@ -575,13 +590,13 @@ class Generator:
             for choice in choices:
                 group.append(self.score(lambda: self.answer(choice, shared), shared))
             return
-        self.play_group(job, choices, shared, urls, group)
+        self.play_group(job, choices, shared, shown, group)
 
-    def play_group(self, job: Job, choices: list[dict], shared: dict, urls: list[str],
+    def play_group(self, job: Job, choices: list[dict], shared: dict, shown: list[dict],
                    group: list) -> None:
         """Hold the conversations that begin with these completions, side by side."""
         begin = functools.partial(Stretch, shared["prompt"], shared["images"], shared["encoded"],
-                                  shared["prompt_ids"], urls=urls, asked=self.adapter.token_ids(
+                                  shared["prompt_ids"], shown=shown, asked=self.adapter.token_ids(
                                       self.adapter.render(shared["prompt"])))
         talks, played = [], []
         for offset, choice in enumerate(choices):
@@ -641,13 +656,23 @@ class Generator:
         return [Rollout(**{**shared, **fields, "info": info}, reward=reward, metrics=metrics,
                         finished=finished) for fields in stretches]
 
-    def generate(self, token_ids: list[int], image_urls: list[str], seed: int, turn: int) -> dict:
-        """A later turn's completion, by token ids; like first turns, max_concurrent at a time."""
+    def generate(self, token_ids: list[int], shown: list[dict], new: list[dict], seed: int,
+                 turn: int) -> dict:
+        """A later turn's completion, by token ids; like first turns, max_concurrent at a time.
+
+        Images that the server was shown before are named, not sent: it keeps what it made of them.
+        """
         seed = random.Random(f"{seed}-{turn}").getrandbits(62)
         body = {"token_ids": token_ids, "return_token_ids": True,
-                "content_parts": [{"type": "image_url", "url": url} for url in image_urls],
                 "sampling_params": {**self.sampling, "logprobs": 0, "seed": seed}}
-        return self.pool.apply(self.call, ("inference/v1/generate", body))
+        named = [{**part, "url": None} for part in shown]
+        try:
+            return self.pool.apply(self.call, (GENERATE, {**body, "content_parts": named + new}))
+        except Refusal as error:
+            if error.status != 400 or not shown:
+                raise
+        # It may have forgotten one of them.
+        return self.pool.apply(self.call, (GENERATE, {**body, "content_parts": shown + new}))
 
     def text(self, choice: dict) -> str:
         """What the policy said: its sampled ids without the token that ends a turn, decoded."""

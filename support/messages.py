@@ -1,4 +1,6 @@
 """Prompts in the form in which the OpenAI endpoint takes them, with their images."""
+import hashlib
+
 from PIL import Image
 
 from support.images import load_image, png_data_uri
@@ -20,18 +22,20 @@ def render_prompt(prompt: list[dict]) -> tuple[list[dict], list[Image.Image]]:
 
 
 def render_part(part: dict, images: list[Image.Image]) -> dict:
-    """The part in OpenAI form. Its image, if it has one, is added to the images."""
+    """The part in OpenAI form. Its image, if it has one, is added to the images.
+
+    vLLM keeps what it made of an image under the "uuid".
+    """
     if part["type"] == "text":
         return part
     images.append(load_image(part[part["type"]]))
-    return {"type": "image_url", "image_url": {"url": png_data_uri(images[-1])}}
+    url = png_data_uri(images[-1])
+    name = hashlib.sha256(url.encode()).hexdigest()
+    return {"type": "image_url", "image_url": {"url": url}, "uuid": name}
 
 
-def image_urls(messages: list[dict]) -> list[str]:
-    """Of messages in OpenAI form."""
-    urls = []
-    for message in messages:
-        if not isinstance(message["content"], str):
-            urls += [part["image_url"]["url"] for part in message["content"]
-                     if part["type"] == "image_url"]
-    return urls
+def image_parts(messages: list[dict]) -> list[dict]:
+    """Of messages in OpenAI form, as vLLM's route for token ids takes them."""
+    return [{"type": "image_url", "url": part["image_url"]["url"], "uuid": part["uuid"]}
+            for message in messages if not isinstance(message["content"], str)
+            for part in message["content"] if part["type"] == "image_url"]
