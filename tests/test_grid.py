@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from conftest import ROOT
-from envs.grid import CELL, MOVES, Board, load_environment, moves_to_goal, step, success, turn
+from envs.grid import CELL, MOVES, Board, load_environment, moves_to_goal, step, success, turned
 from support.config import load_config
 
 CELLS = list(itertools.product(range(3), repeat=2))
@@ -74,17 +74,28 @@ def test_who_looks_reaches_the_goal_by_a_shortest_way():
 
 def test_who_does_not_look_does_not_get_there():
     """The figures in the docstring of envs/grid.py, by counting; play() agrees."""
-    by_chance = {pair: 0.0 for pair in PAIRS}  # of reaching the goal in the moves that are left
-    for _ in range(8):
-        after = {}
-        for agent, goal in PAIRS:
-            boards = [step(Board(3, agent, goal), move) for move in MOVES]
-            after[agent, goal] = [by_chance[board.agent, goal] if board.distance else 1.0
-                                  for board in boards]
-        by_chance = {pair: sum(values) / 4 for pair, values in after.items()}
-    dealt = [pair for pair in PAIRS if Board(3, *pair).distance >= 2]
-    assert sum(by_chance[pair] for pair in dealt) / len(dealt) == pytest.approx(0.325, abs=5e-4)
-    assert sum(max(after[pair]) for pair in dealt) / len(dealt) == pytest.approx(0.460, abs=5e-4)
+    boards = [Board(3, *pair) for pair in PAIRS]
+    place = {board: number for number, board in enumerate(boards)}
+    there = len(boards)  # the number of what is beyond the goal
+    after = numpy.zeros((4, there + 1, there + 1))  # chances by (move, before, after)
+    after[:, there, there] = 1
+    for move, word in enumerate(MOVES):
+        for board in boards:
+            moved = step(board, word)
+            for way in (moved, turned(moved)):
+                after[move, place[board], place[way] if way.distance else there] += 0.5
+    by_chance, by_plan = [], []
+    for board in boards:
+        if board.distance >= 2:
+            chances = plans = numpy.eye(there + 1)[[place[board]]]
+            for _ in range(8):
+                chances = chances @ after.mean(0)
+                plans = numpy.concatenate([plans @ after[move] for move in range(4)])
+                plans = numpy.unique(plans.round(12), axis=0)  # of all sequences of moves
+            by_chance.append(chances[0, there])
+            by_plan.append(plans[:, there].max())
+    assert numpy.mean(by_chance) == pytest.approx(0.325, abs=5e-4)
+    assert numpy.mean(by_plan) == pytest.approx(0.799, abs=5e-4)
 
     rng, environment = random.Random(0), load_environment(num_eval=300)
     walks = [walk(environment, row, lambda image: rng.choice(list(MOVES)))[0]
@@ -92,15 +103,13 @@ def test_who_does_not_look_does_not_get_there():
     assert sum(found["solved"] for found in walks) / 300 == pytest.approx(0.325, abs=0.07)
 
 
-def test_turned_boards_turn_every_direction_alike():
-    """So that a word that was chosen without looking is a random move."""
+def test_a_board_that_is_turned_wants_the_opposite_move():
+    opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}
     for pair in PAIRS:
         board = Board(3, *pair)
-        assert turn(board, 4) == board and turn(turn(board, 1), 3) == board
-    middle = Board(3, agent=(1, 1), goal=(0, 0))
-    for move in MOVES:
-        ways = {turn(step(turn(middle, quarters), move), 4 - quarters) for quarters in range(4)}
-        assert ways == {step(middle, move) for move in MOVES}
+        assert turned(turned(board)) == board and turned(board).distance == board.distance
+        for move in MOVES:
+            assert turned(step(turned(board), move)) == step(board, opposite[move])
 
 
 def test_blind_walks_are_shown_gray_after_the_first_picture():
