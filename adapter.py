@@ -200,11 +200,28 @@ def collate(encoded: list[dict], prompt_index: Tensor, places: list[tuple[int, i
             for (row, start), line in zip(places, lines[P:], strict=True):
                 inputs[key][row, start:start + line.shape[1]] = line[0]
         else:
+            check_dim(key, present)
             shapes = [tensors[key].shape[1:] for tensors in present]
             largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
             inputs[key] = torch.cat([zero_pad(tensors[key], largest) for tensors in present])
             image_rows[key] = [len(tensors.get(key, ())) for tensors in encoded]
     return inputs, image_rows
+
+
+def check_dim(key: str, encoded: list[dict[str, Tensor]]) -> None:
+    """ValueError for the patches of all images side by side along the last dim, not the first.
+
+    That is so where the lines of some grid (images, 2) count as many patches as it has.
+    """
+    for tensors in encoded:
+        *_, height, width = (0, 0, *tensors[key].shape)
+        grids = [grid for grid in tensors.values()
+                 if grid.dim() == 2 and grid.shape[1] == 2 and not grid.is_floating_point()]
+        if tensors[key].dim() == 4 and len(tensors[key]) == 1 and any(
+                width == height * grid.prod(1).sum() for grid in grids):
+            raise ValueError(
+                f"{key} {tuple(tensors[key].shape)} holds its patches along their last dim; the "
+                "trainer deals images out along the first one, and cannot train this family")
 
 
 def zero_pad(tensor: Tensor, sizes: list[int]) -> Tensor:

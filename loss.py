@@ -39,20 +39,21 @@ def group_advantages(rewards: Tensor, groups: Tensor, divide_by_std: bool = Fals
 
 
 def token_logprobs(hidden: Tensor, targets: Tensor, head, temperature: float,
-                   banned: list[int] = (), max_logits: int = 2**24) -> tuple[Tensor, Tensor]:
-    """log p(target) and the entropy of p = softmax(head(hidden) / temperature), fp32, both (N,).
+                   banned: list[int] = (), max_logits: int = 2**24, scale: float = 1.0,
+                   cap: float | None = None) -> tuple[Tensor, Tensor]:
+    """log p(target) and the entropy of p = softmax(logits / temperature), fp32, both (N,).
 
-    hidden is (N, H): the states that predict the targets (N,). head maps (n, H) to (n, V). The
-    banned token ids get -100 on their logit, as they do in the sampling request. Of the (N, V)
-    logits at most max_logits exist at a time: the head runs chunk by chunk, and once more in the
-    backward pass.
+    hidden is (N, H): the states that predict the targets (N,). head maps (n, H) to (n, V); logits
+    are scale * head(hidden), or with a cap cap * tanh(scale * head(hidden) / cap). The banned token
+    ids get -100 on their logit, as they do in the sampling request. Of the (N, V) logits at most
+    max_logits exist at a time: the head runs chunk by chunk, and once more in the backward pass.
     """
     head = exact_head(head)
     vocabulary = getattr(head, "out_features", 2**18)
     rows = max(1, max_logits // vocabulary)
     logprobs, entropies = [], []
     for states, ids in zip(hidden.split(rows), targets.split(rows), strict=True):
-        chunk = checkpoint(chunk_logprobs, states, ids, head, temperature, list(banned),
+        chunk = checkpoint(chunk_logprobs, states, ids, head, temperature, list(banned), scale, cap,
                            use_reentrant=False)
         logprobs.append(chunk[0])
         entropies.append(chunk[1])
@@ -60,9 +61,12 @@ def token_logprobs(hidden: Tensor, targets: Tensor, head, temperature: float,
 
 
 def chunk_logprobs(hidden: Tensor, targets: Tensor, head, temperature: float,
-                   banned: list[int]) -> tuple[Tensor, Tensor]:
+                   banned: list[int], scale: float, cap: float | None) -> tuple[Tensor, Tensor]:
     """token_logprobs of n positions, with all of their (n, V) logits at once."""
-    logits = head(hidden).float() / temperature          # (n, V), a new tensor
+    logits = head(hidden).float() / (temperature / scale)          # (n, V), a new tensor
+    if cap:
+        cap = cap / temperature
+        logits = cap * torch.tanh(logits / cap)
     logits[:, banned] -= 100 / temperature
     log_z = logits.logsumexp(-1)                         # (n,)
     with torch.no_grad():  # the entropy is a metric: H = -sum_v p_v log p_v, 0 where p_v is 0

@@ -11,7 +11,9 @@ What of the model trains is decided here, too: LoRA adapters, a frozen vision to
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as sharded
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
+from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from batch import MultimodalBatch
@@ -32,7 +34,10 @@ class Policy(torch.nn.Module):
     def __init__(self, model, config):
         super().__init__()
         self.model, self.temperature = model, config.temperature
+        self.server_dtype = config.inference_args.get("dtype")
         self.banned = vision_token_ids(model.config)
+        self.scale, self.cap = logit_changes(model.config)[0]
+        self.completion_type = 0  # in the token types that a family wants beside the ids
         # In bf16 most of a small update would round to nothing: 0.4 % of the weights moved.
         if any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters()):
             model.float()
@@ -50,27 +55,56 @@ class Policy(torch.nn.Module):
 
     def forward(self, batch: MultimodalBatch, share: bool) -> tuple[Tensor, Tensor]:
         """(logprobs, entropies), both (b, L) fp32, and 0 where the loss mask is."""
-        batch = with_token_types(batch, self.model)
+        batch = with_token_types(batch, self.model, self.completion_type)
         mask = batch.loss_mask.bool()                                     # (b, L)
-        device = batch.input_ids.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # weights are fp32
+        with self.autocast():
             if share:
                 states = self.shared_states(batch)                        # (N, H)
             else:
                 states = self.row_states(batch)                           # (N, H)
             head = self.model.get_output_embeddings()
             logprobs, entropies = token_logprobs(                         # (N,) each
-                states, batch.input_ids[mask], head, self.temperature, self.banned)
+                states, batch.input_ids[mask], head, self.temperature, self.banned,
+                scale=self.scale, cap=self.cap)
         return (logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs),
                 entropies.new_zeros(mask.shape).masked_scatter(mask, entropies))
 
+    def autocast(self):
+        """On a GPU, where the weights are fp32 all the same, matrices are multiplied in bf16."""
+        device = self.model.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+    def model_logprobs(self, batch: MultimodalBatch) -> Tensor:
+        """The same logprobs by the logits of the model's own forward pass, without a gradient."""
+        batch = with_token_types(batch, self.model, self.completion_type)
+        mask = batch.loss_mask.bool()
+        with torch.no_grad(), self.autocast():
+            output = self.model(**self.whole_rows(batch))
+        logits = output.logits[:, :-1][mask[:, 1:]].float() / self.temperature      # (N, V)
+        logits[:, self.banned] -= 100 / self.temperature
+        logprobs = logits.log_softmax(-1).gather(1, batch.input_ids[mask][:, None])  # (N, 1)
+        return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)
+
+    def whole_rows(self, batch: MultimodalBatch) -> dict:
+        """Model inputs: every row with its own prompt."""
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask,
+                "use_cache": False, **batch.token_tensors(),
+                **batch.images_of(batch.row_segments())}
+
+    def body(self, **inputs) -> tuple[Tensor, object]:
+        """(the last hidden state (b, L, H), the key-value cache), by the model without its head."""
+        body = self.model.base_model
+        if body is self.model:  # some families have no module of all but the head
+            inputs |= {"output_hidden_states": True, "logits_to_keep": 1}
+        output = body(**inputs)
+        if body is self.model:
+            return output.hidden_states[-1], output.past_key_values
+        return output.last_hidden_state, output.past_key_values
+
     def row_states(self, batch: MultimodalBatch) -> Tensor:
         """The hidden state before each token in the loss, every row with its own prompt; (N, H)."""
-        output = self.model.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
-            **batch.token_tensors(), **batch.images_of(batch.row_segments()))
-        before = output.last_hidden_state[:, :-1]                         # (b, L - 1, H)
-        return before[batch.loss_mask[:, 1:].bool()]
+        states, _ = self.body(**self.whole_rows(batch))                   # (b, L, H)
+        return states[:, :-1][batch.loss_mask[:, 1:].bool()]
 
     def shared_states(self, batch: MultimodalBatch) -> Tensor:
         """The same states, with each prompt and its images forwarded once; (N, H).
@@ -82,9 +116,8 @@ class Policy(torch.nn.Module):
         P = len(fork.prompts["input_ids"])
         images = batch.images_of(list(range(P)))
         positions = self.positions(fork.prompts, images)                  # ([3,] P, W_p)
-        prompt = self.model.base_model(
+        prompt_states, cache = self.body(                                 # (P, W_p, H), P lines
             **fork.prompts, **images, position_ids=positions, use_cache=True)
-        cache = prompt.past_key_values                                    # P lines
         cache.batch_select_indices(prompt_of)  # changes it in place: one line per completion, b
 
         # Wanted is the state before each of the W_c tokens: the prompt's last one, and those of all
@@ -100,12 +133,12 @@ class Policy(torch.nn.Module):
             own_positions = self.completion_positions(batch, kept)        # ([3,] b, kept)
         else:  # they count on from the prompt's last one
             own_positions = positions[..., prompt_of, -1:] + own_mask.cumsum(1)
-        completion = self.model.base_model(
+        completion_states, _ = self.body(                                 # (b, kept, H)
             **inputs, **later_images, attention_mask=full_mask, position_ids=own_positions,
             use_cache=True, past_key_values=cache)
 
-        before_first = prompt.last_hidden_state[prompt_of, -1:]           # (b, 1, H)
-        states = torch.cat([before_first, completion.last_hidden_state], 1)  # (b, 1 + kept, H)
+        before_first = prompt_states[prompt_of, -1:]                      # (b, 1, H)
+        states = torch.cat([before_first, completion_states], 1)          # (b, 1 + kept, H)
         return states[:, :W_c][fork.trained]                              # (N, H)
 
     def positions(self, inputs: dict[str, Tensor], images: dict[str, Tensor]) -> Tensor:
@@ -143,6 +176,7 @@ class Policy(torch.nn.Module):
             if type(module).__name__ in blocks:
                 fully_shard(module, mp_policy=precision)
         fully_shard(self, mp_policy=precision)
+        register_fsdp_forward_method(self, "model_logprobs")
 
     def full_weights(self) -> dict[str, Tensor]:
         """Every weight of the model by name, with adapters merged.
@@ -167,11 +201,38 @@ def vision_token_ids(model_config) -> list[int]:
     return sorted(ids)
 
 
+def logit_changes(model_config) -> list[tuple[float, float | None]]:
+    """What a family may do to the logits of its head: (scale, cap) for cap * tanh(scale * x / cap).
+
+    First what its config says, then parts of it: some families leave out what their config holds.
+    """
+    text = model_config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1.0
+    scale /= getattr(text, "logits_scaling", None) or 1.0
+    cap = getattr(text, "final_logit_softcapping", None)
+    return list(dict.fromkeys([(scale, cap), (1.0, cap), (scale, None), (1.0, None)]))
+
+
 def add_adapters(model, rank: int) -> None:
-    """Train W + LORA_SCALE B A (LoRA, arXiv 2106.09685) in all linear layers but the head."""
+    """Train W + LORA_SCALE B A (LoRA, arXiv 2106.09685) in linear layers, as listed by adaptable()."""
     import peft
-    peft.inject_adapter_in_model(peft.LoraConfig(
-        r=rank, lora_alpha=LORA_SCALE * rank, target_modules="all-linear"), model)
+    # Hidden in a module without a config: of one whose experts it knows peft takes other layers.
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=adaptable(model)),
+        torch.nn.ModuleList([model]))
+    experts = [p.numel() for name, p in model.named_parameters()
+               if ".experts." in name and ".lora_" not in name and p.dim() == 3]
+    if experts:
+        tqdm.write(f"lora_rank: the {sum(experts):,} weights of the experts are not trained: they "
+                   "are no linear layers")
+
+
+def adaptable(model) -> list[str]:
+    """The names of the linear layers but the head and the routers of experts."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules()
+            if type(module) is torch.nn.Linear and module is not head
+            and name.rpartition(".")[2] not in ("gate", "router")]
 
 
 def merge_adapters(weights: dict[str, Tensor]) -> dict[str, Tensor]:

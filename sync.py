@@ -23,6 +23,7 @@ from support.config import mistakes
 from support.finite import check_finite
 from support.gloo import use_gloo
 from support.http import Refusal, ServerError, call, is_healthy, was_spoiled
+from support.layout import as_in_files, file_shapes
 from support.owner import Lease
 from support.server_flags import server_config
 from support.text import plain, print_plainly
@@ -80,12 +81,13 @@ class Server:
         """Start our own process (anew), or wait until somebody else's answers (again)."""
         self.stop()
         if self.ours:
+            log_start = vllm_process.size_of(self.log)
             self.process = vllm_process.start(self.config, self.log)
         start = time.monotonic()
         while True:
             if self.process and self.process.poll() is not None:  # what answers is another one
                 raise ValueError(f"vLLM ended, code {self.process.returncode} ({self.log}): "
-                                 + vllm_process.last_errors(self.log))
+                                 + " | ".join(vllm_process.errors(self.log, log_start)[-2:]))
             if is_healthy(self.url):
                 return
             waited = time.monotonic() - start
@@ -213,15 +215,14 @@ def make_client(url: str, timeout: float):
 
 
 class CheckpointSource:
-    """A model's weights under their checkpoint names, layer by layer (a vLLM WeightSource).
+    """A model's weights as the files of its checkpoint hold them, layer by layer (a WeightSource).
 
-    weights, by the model's own names, and their version are set by the trainer. For many families
-    the names of the checkpoint are others; transformers knows the way back. Tied weights go under
-    every name: without lm_head vLLM would keep its old one.
+    weights, by the model's own names, and their version are set by the trainer.
     """
 
     def __init__(self, model):
         self.model = model
+        self.shapes = file_shapes(model)
         self.weights: dict[str, Tensor] = {}
         self.version = 0  # the step that made the weights
         self.names_and_shapes = None
@@ -236,10 +237,9 @@ class CheckpointSource:
 
     def __iter__(self):
         """Yields (checkpoint name, tensor); one layer at a time exists as a copy."""
-        from transformers.core_model_loading import revert_weight_conversion
         device = self.model.device
         for layer in self.layers():
-            for name, tensor in revert_weight_conversion(self.model, layer).items():
+            for name, tensor in as_in_files(self.model, layer, self.shapes).items():
                 dtype = torch.bfloat16 if device.type == "cuda" else tensor.dtype
                 yield name, tensor.to(device, dtype).contiguous()
 

@@ -315,11 +315,12 @@ class MultimodalGRPOTrainer:
                 "truncated_fraction": outputs.finish_reason.count("length") / len(outputs)}
 
     def check_first(self, batch: MultimodalBatch) -> None:
-        """Of a few completions: is sharing prompts exact, does the server compute this policy?"""
+        """Of a few completions: is it the model's policy, is sharing exact, and is it the server's?"""
         self.checked = True
         rows = batch.loss_mask.any(1).nonzero()[:, 0].tolist()
         ends = sorted({*rows[:2], *rows[-2:]})  # of the first prompt and of the last
         micro = batch.select(ends[:self.config.micro_batch_size]).to(self.device)
+        check.forward(self.policy, micro)
         check.sharing(self.policy, micro)
         has_our_weights = on_lead(lambda: self.server.version is not None)
         check.server(self.policy, micro, must_agree=has_our_weights)

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of ten vision-language families, so that tests can try each without a download.
+"""Tiny checkpoints of many vision-language families, so that tests can try each without a download.
 
     python models/families.py OUT_DIR [name ...]
 
@@ -42,9 +42,11 @@ class Family:
     processor: tuple
     image_processor: tuple
     video_processor: tuple = ()  # families that take videos too do not load without one
+    feature_extractor: tuple = ()  # nor do some that take sounds
     adds_bos: bool = False  # the tokenizer puts a BOS first, a second one after the template's
     newlines: bool = False  # vLLM looks for "\n" to "\n\n\n\n" as tokens (Gemma 3)
     nested_tower: bool = False  # see nest_tower
+    transposed_experts: bool = False  # see transpose_experts
 
 
 def chat_template(turn, image, end, answer, start="", images_first=False):
@@ -69,6 +71,9 @@ VISION = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_at
 TILE = dict(image_size=56, patch_size=14)  # 16 patches
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
 SQUARE = {"height": 56, "width": 56}
+HYBRID = dict(
+    layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
+    linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=32)
 GRIDS = [[56, 56], [56, 112], [112, 56], [112, 112]]
 
 CHATML = dict(pad_token="<|endoftext|>", turn_token="<|im_start|>", eos_token="<|im_end|>")
@@ -77,7 +82,8 @@ CHATML_TURNS = dict(turn=r"'<|im_start|>' + message['role'] + '\n'", end=r"'<|im
 LLAMA = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def qwen(model_type, processor, patch, tied, vision, rope=MROPE, video="Qwen2VLVideoProcessor"):
+def qwen(model_type, processor, patch, tied, vision, rope=MROPE, video="Qwen2VLVideoProcessor",
+         text={}, **arguments):
     """Qwen2-VL and its successors: all patches in one flat list, two by two of them to a token."""
     token = (2 * patch) ** 2  # pixels
     pixels = dict(patch_size=patch, size={"shortest_edge": 4 * token, "longest_edge": 16 * token})
@@ -85,7 +91,7 @@ def qwen(model_type, processor, patch, tied, vision, rope=MROPE, video="Qwen2VLV
     return Family(
         config=dict(
             model_type=model_type, tie_word_embeddings=tied, vision_config=eyes,
-            text_config=LANGUAGE | dict(rope_parameters=rope, tie_word_embeddings=tied),
+            text_config=LANGUAGE | dict(rope_parameters=rope, tie_word_embeddings=tied) | text,
             image_token_id="<|image_pad|>", video_token_id="<|video_pad|>",
             vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>"),
         tokens=CHATML | dict(
@@ -94,7 +100,71 @@ def qwen(model_type, processor, patch, tied, vision, rope=MROPE, video="Qwen2VLV
         chat=chat_template(image="<|vision_start|><|image_pad|><|vision_end|>", **CHATML_TURNS),
         processor=(processor, {}),
         image_processor=("Qwen2VLImageProcessor", pixels),
-        video_processor=(video, pixels))
+        video_processor=(video, pixels), **arguments)
+
+
+def glm(model_type, name, text={}):
+    """Patches as in Qwen2-VL; the placeholder of an image is that of a video's frame, too."""
+    pixels = dict(patch_size=14, size={"shortest_edge": 56 ** 2, "longest_edge": 112 ** 2})
+    media = {f"{m}_{end}_token": f"<|{word}_of_{m}|>" for m in ("image", "video")
+             for end, word in (("start", "begin"), ("end", "end"))}
+    return Family(
+        config=dict(
+            model_type=model_type, image_token_id="<|image|>", video_token_id="<|video|>",
+            text_config=LANGUAGE | dict(rope_parameters=MROPE | dict(
+                mrope_section=[2, 3, 3], partial_rotary_factor=0.5)) | text,
+            vision_config=TILE | dict(depth=2, num_heads=2, hidden_size=64, out_hidden_size=64,
+                                      intermediate_size=128),
+            **{f"{k}_id": token for k, token in media.items()}),
+        tokens=dict(
+            pad_token="<|endoftext|>", eos_token="<|user|>", assistant_token="<|assistant|>",
+            system_token="<|system|>", mask_token="[gMASK]", start_token="<sop>",
+            image_token="<|image|>", video_token="<|video|>", **media),
+        chat=chat_template(
+            start="[gMASK]<sop>", turn=r"'<|' + message['role'] + '|>\n'", end="''",
+            image="<|begin_of_image|><|image|><|end_of_image|>", answer="<|assistant|>\n"),
+        processor=(f"{name}Processor", {}),
+        image_processor=(f"{name}ImageProcessor", pixels),
+        video_processor=(f"{name}VideoProcessor", pixels))
+
+
+def llava_next(text, tower, layers, select, extra):
+    """An overview and up to four tiles per image, whose padding is cut off again."""
+    return Family(
+        config=dict(
+            model_type="llava_next", image_token_index="<image>", image_seq_length=16,
+            image_grid_pinpoints=GRIDS, vision_feature_layer=layers,
+            vision_feature_select_strategy=select, text_config=LANGUAGE | text,
+            vision_config=VISION | TILE | tower),
+        tokens=LLAMA | dict(image_token="<image>"),
+        chat=chat_template(
+            turn="message['role']|upper + ': '", image="<image>\n", answer="ASSISTANT:",
+            end="'</s>' if message['role'] == 'assistant' else ' '"),
+        processor=("LlavaNextProcessor", dict(
+            patch_size=14, num_additional_image_tokens=extra,
+            vision_feature_select_strategy=select)),
+        image_processor=("LlavaNextImageProcessor", dict(
+            size={"shortest_edge": 56}, crop_size=SQUARE, image_grid_pinpoints=GRIDS)),
+        adds_bos=True, nested_tower=True)
+
+
+def idefics(config, name, video={}):
+    """Tiles and an overview, all images of a prompt in one row."""
+    tiles = dict(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
+    return Family(
+        config=config | dict(
+            image_token_id="<image>", scale_factor=2, vision_config=VISION | TILE,
+            text_config=LANGUAGE | dict(model_type="llama")),
+        tokens=dict(
+            pad_token="<|endoftext|>", bos_token="<|im_start|>", eos_token="<end_of_utterance>",
+            image_token="<image>", fake_image_token="<fake_token_around_image>",
+            global_image_token="<global-img>", video_token="<video>",
+            **{f"tile_{r}_{c}": f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)}),
+        chat=chat_template(
+            start="<|im_start|>", turn="message['role']|capitalize + ': '", image="<image>",
+            end=r"'<end_of_utterance>\n'", answer="Assistant:"),
+        processor=(f"{name}Processor", dict(image_seq_len=4)),
+        image_processor=(f"{name}ImageProcessor", tiles), **video)
 
 
 def pixtral(config, patch, longest, merge):
@@ -162,24 +232,9 @@ FAMILIES = {
             size=SQUARE, image_grid_pinpoints=GRIDS)),
         video_processor=("LlavaOnevisionVideoProcessor", dict(size=SQUARE)),
         nested_tower=True),
-    # Tiles and an overview, all images of a prompt in one row.
-    "smolvlm": Family(
-        config=dict(
-            model_type="smolvlm", image_token_id="<image>", scale_factor=2,
-            text_config=LANGUAGE | dict(model_type="llama"), vision_config=VISION | TILE),
-        tokens=dict(
-            pad_token="<|endoftext|>", bos_token="<|im_start|>", eos_token="<end_of_utterance>",
-            image_token="<image>", fake_image_token="<fake_token_around_image>",
-            global_image_token="<global-img>", video_token="<video>",
-            **{f"tile_{r}_{c}": f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)}),
-        chat=chat_template(
-            start="<|im_start|>", turn="message['role']|capitalize + ': '", image="<image>",
-            end=r"'<end_of_utterance>\n'", answer="Assistant:"),
-        processor=("SmolVLMProcessor", dict(image_seq_len=4)),
-        image_processor=("SmolVLMImageProcessor", dict(
-            size={"longest_edge": 112}, max_image_size={"longest_edge": 56})),
+    "smolvlm": idefics(dict(model_type="smolvlm"), "SmolVLM", video=dict(
         video_processor=("SmolVLMVideoProcessor", dict(
-            size={"longest_edge": 56}, max_image_size={"longest_edge": 56}))),
+            size={"longest_edge": 56}, max_image_size={"longest_edge": 56})))),
     # The tiles of all images in one flat list, with nothing to say which are whose.
     "internvl": Family(
         config=dict(
@@ -219,6 +274,124 @@ FAMILIES = {
         processor=("Gemma3Processor", dict(image_seq_length=4)),
         image_processor=("Gemma3ImageProcessor", dict(size=SQUARE)),
         adds_bos=True, newlines=True, nested_tower=True),
+    # A layer without and one with experts, and no rotary embedding in the second; the tiles of all
+    # images in one flat list.
+    "llama4": Family(
+        config=dict(
+            model_type="llama4", image_token_index="<|patch|>", boi_token_index="<|image_start|>",
+            eoi_token_index="<|image_end|>",
+            text_config=LANGUAGE | dict(
+                intermediate_size=64, intermediate_size_mlp=128, num_local_experts=4,
+                interleave_moe_layer_step=2, no_rope_layers=[1, 0]),
+            vision_config=VISION | TILE | dict(  # what the adapter takes: 2 x 2 patches
+                intermediate_size=256, vision_output_dim=64, projector_input_dim=64,
+                projector_output_dim=64)),
+        tokens=dict(
+            bos_token="<|begin_of_text|>", eos_token="<|eot|>", pad_token="<|pad|>",
+            header_start_token="<|header_start|>", header_end_token="<|header_end|>",
+            image_token="<|image|>", patch_token="<|patch|>",
+            image_start_token="<|image_start|>", image_end_token="<|image_end|>",
+            tile_x_token="<|tile_x_separator|>", tile_y_token="<|tile_y_separator|>"),
+        chat=chat_template(
+            start="<|begin_of_text|>", image="<|image|>", end="'<|eot|>'",
+            turn=r"'<|header_start|>' + message['role'] + '<|header_end|>\n\n'",
+            answer="<|header_start|>assistant<|header_end|>\n\n"),
+        processor=("Llama4Processor", dict(patch_size=14)),
+        image_processor=("Llama4ImageProcessor", dict(size=SQUARE, max_patches=4)),
+        adds_bos=True),
+    # Images keep their shape and are padded, and their patches pooled; the logits are capped. Wider
+    # heads in the layer of full attention. 70 tokens are the fewest that an image may be.
+    "gemma4": Family(
+        config=dict(
+            model_type="gemma4", boi_token_id="<|image>", eoi_token_id="<image|>",
+            image_token_id="<|image|>", video_token_id="<|video|>", audio_token_id="<|audio|>",
+            boa_token_id="<|audio>", eoa_token_index="<audio|>",
+            text_config=LANGUAGE | dict(
+                layer_types=["sliding_attention", "full_attention"], global_head_dim=64,
+                hidden_size_per_layer_input=0, final_logit_softcapping=5.0),
+            vision_config=VISION | dict(
+                num_key_value_heads=2, head_dim=32, patch_size=4, position_embedding_size=640,
+                default_output_length=70)),
+        tokens=dict(
+            pad_token="<pad>", bos_token="<bos>", eos_token="<turn|>", turn_token="<|turn>",
+            image_token="<|image|>", boi_token="<|image>", eoi_token="<image|>",
+            audio_token="<|audio|>", boa_token="<|audio>", eoa_token="<audio|>",
+            video_token="<|video|>"),
+        chat=chat_template(
+            start="<bos>", image="<|image|>", end=r"'<turn|>\n'",
+            turn=r"'<|turn>' + message['role']|replace('assistant', 'model') + '\n'",
+            answer="<|turn>model\n"),
+        processor=("Gemma4Processor", dict(image_seq_length=70)),
+        image_processor=("Gemma4ImageProcessor", dict(patch_size=4, max_soft_tokens=70)),
+        video_processor=("Gemma4VideoProcessor", dict(patch_size=4)),
+        feature_extractor=("Gemma4AudioFeatureExtractor", {}),
+        adds_bos=True),
+    "qwen3-vl-moe": qwen(
+        "qwen3_vl_moe", "Qwen3VLProcessor", 16, tied=False, video="Qwen3VLVideoProcessor",
+        rope=MROPE | {"mrope_interleaved": True},
+        text=dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96),
+        vision=dict(out_hidden_size=64, intermediate_size=128, num_position_embeddings=16,
+                    deepstack_visual_indexes=[0, 1]),
+        transposed_experts=True),
+    # A layer of linear attention and one of full attention, whose heads turn by a quarter.
+    "qwen3.5": qwen(
+        "qwen3_5", "Qwen3VLProcessor", 16, tied=True, video="Qwen3VLVideoProcessor",
+        rope=MROPE | dict(mrope_interleaved=True, mrope_section=[2, 1, 1],
+                          partial_rotary_factor=0.25),
+        text=HYBRID,
+        vision=dict(out_hidden_size=64, intermediate_size=128, num_position_embeddings=16)),
+    "glm-4.5v": glm(
+        "glm4v_moe", "Glm4v", text=dict(
+            n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)),
+    "glm-4.6v": glm("glm46v", "Glm46V"),
+    "llava-next": llava_next(
+        dict(model_type="mistral", sliding_window=None), dict(model_type="clip_vision_model"),
+        layers=-2, select="default", extra=1),
+    # The features of several layers side by side, and logits that are divided.
+    "granite-vision": llava_next(
+        dict(model_type="granite", logits_scaling=4.0, attention_multiplier=0.2,
+             embedding_multiplier=2.0, residual_multiplier=0.5),
+        dict(model_type="siglip_vision_model", vision_use_head=False),
+        layers=[-2, -1], select="full", extra=0),
+    "idefics3": idefics(dict(model_type="idefics3"), "Idefics3"),
+    # Tiles in one flat list, a line break after each; logits that are scaled.
+    "cohere2-vision": Family(
+        config=dict(
+            model_type="cohere2_vision", image_token_id="<|IMG_PATCH|>",
+            alignment_intermediate_size=128, text_config=LANGUAGE | dict(
+                model_type="cohere2", logit_scale=0.25,
+                layer_types=["sliding_attention", "full_attention"]),
+            vision_config=VISION | TILE | dict(vision_use_head=False)),
+        tokens=dict(
+            pad_token="<PAD>", bos_token="<BOS_TOKEN>", eos_token="<|END_OF_TURN_TOKEN|>",
+            turn_token="<|START_OF_TURN_TOKEN|>", boi_token="<|START_OF_IMG|>",
+            eoi_token="<|END_OF_IMG|>", image_token="<|IMG_PATCH|>",
+            img_line_break_token="<|IMG_LINE_BREAK|>"),
+        chat=chat_template(
+            start="<BOS_TOKEN>", image="<|IMG_PATCH|>", end="'<|END_OF_TURN_TOKEN|>'",
+            turn="'<|START_OF_TURN_TOKEN|>' + message['role']",
+            answer="<|START_OF_TURN_TOKEN|>assistant"),
+        processor=("Cohere2VisionProcessor", {}),
+        image_processor=("Cohere2VisionImageProcessor", dict(  # patch_size: tokens along a tile
+            size=SQUARE, patch_size=2, max_patches=4)),
+        adds_bos=True, nested_tower=True),
+    # Pixels of all patches along the last dim, and images that are numbered in the text.
+    "minicpm-v-4.6": Family(
+        config=dict(
+            model_type="minicpmv4_6", image_token_id="<|image_pad|>",
+            video_token_id="<|video_pad|>", insert_layer_id=0, image_size=112, max_slice_nums=4,
+            text_config=LANGUAGE | HYBRID | dict(model_type="qwen3_5_text"),
+            vision_config=VISION | TILE | dict(image_size=112)),
+        tokens=CHATML | dict(
+            image_token="<|image_pad|>", video_token="<|video_pad|>",
+            image_start_token="<image>", image_end_token="</image>",
+            slice_start_token="<slice>", slice_end_token="</slice>",
+            image_id_start_token="<image_id>", image_id_end_token="</image_id>"),
+        chat=chat_template(image="<|image_pad|>\n", **CHATML_TURNS),
+        processor=("MiniCPMV4_6Processor", {}),
+        image_processor=("MiniCPMV4_6ImageProcessor", dict(scale_resolution=112, max_slice_nums=4)),
+        video_processor=("MiniCPMV4_6VideoProcessor", dict(
+            scale_resolution=112, max_slice_nums=4))),
 }
 
 
@@ -248,7 +421,7 @@ def make_tokenizer(family):
 def make_processor(family, tokenizer):
     """The family's own processor around the tokenizer."""
     parts = {"tokenizer": tokenizer, "chat_template": family.chat}
-    for part in ("image_processor", "video_processor"):
+    for part in ("image_processor", "video_processor", "feature_extractor"):
         if getattr(family, part):
             name, arguments = getattr(family, part)
             parts[part] = getattr(transformers, name)(**arguments)
@@ -283,6 +456,16 @@ def nest_tower(file):
     save_file({k.replace(old, new): v for k, v in load_file(file).items()}, file, {"format": "pt"})
 
 
+def transpose_experts(file):
+    """Write each weight of experts as the published checkpoints do, input before output.
+
+    transformers 5 reads it either way round, and saves the other one; vLLM reads only this one.
+    """
+    weights = {k: v.transpose(1, 2).contiguous() if ".experts." in k else v
+               for k, v in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+
+
 def make(name: str, directory: Path) -> None:
     """Write the checkpoint of the family into the directory. Raises KeyError if there is none."""
     if name not in FAMILIES:
@@ -292,6 +475,8 @@ def make(name: str, directory: Path) -> None:
     make_model(family, tokenizer).save_pretrained(directory)
     if family.nested_tower:
         nest_tower(Path(directory) / "model.safetensors")
+    if family.transposed_experts:
+        transpose_experts(Path(directory) / "model.safetensors")
     make_processor(family, tokenizer).save_pretrained(directory)
 
 

@@ -1,31 +1,36 @@
-"""Is it exact? Two questions that a run asks at its start, and a command that asks them before.
+"""Is it exact? Questions that a run asks at its start, and a command that asks them before.
 
-Does the server compute the same policy as the trainer (server), and does forwarding each prompt
-once change anything (sharing)? `python -m support.check MODEL [--server URL]` asks a real vLLM
-server whether a model can be trained: it sends prompts with 0, 1 and 2 images of odd sizes,
-compares prompt ids and logprobs with the trainer's, pushes perturbed weights twice and compares
-again, and holds conversations of four turns with an image each. One line per image count and weight
-version, one of the conversations, and a verdict; exit code 0 if the model is safe to train, 1 if
-not.
+Is the policy that is trained the model's own, and does no token see later ones (forward)? Does the
+server compute the same policy (server)? Does forwarding each prompt once change anything (sharing)?
+
+`python -m support.check MODEL [--server URL]` asks a real vLLM server whether a model can be
+trained. It sends prompts with 0, 1 and 2 images of odd sizes, compares prompt ids and logprobs with
+the trainer's, first as both have loaded the model, then after each of three weight updates, and
+holds conversations of four turns with an image each. One line per image count and weight version,
+one per other question, and a verdict; exit code 0 if the model is safe to train, 1 if not.
 """
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import random
+import shutil
 import socket
 import sys
 import tempfile
 
 import torch
+import transformers
 from PIL import Image
 from tqdm import tqdm
 
 from adapter import MultimodalAdapter
 from batch import MultimodalBatch
-from policy import Policy
+from policy import Policy, logit_changes
 from rollout import Environment, Generator
+from support import vllm_process
 from support.config import MultimodalRLConfig
 from support.loading import load_model
 from support.text import describe
@@ -33,15 +38,83 @@ from sync import CheckpointSource, Server
 
 CAUSES = ("weights that do not arrive, a server without --logprobs-mode processed_logprobs, other "
           "dtypes, kernels or pixel limits, or a model that vLLM computes in another way")
+NOT_THE_MODEL = {
+    "forward": "its logits are not those of its head, by something that the trainer does not know",
+    "causal": "its tokens see later ones, so that logprobs depend on what is sampled after them"}
 SIZES = [(71, 53), (201, 203), (33, 97), (130, 61), (64, 48), (91, 180)]
-TOLERANCE = {"cpu": 5e-5, "cuda": 0.5}  # largest logprob difference: fp32 on a CPU, else bf16
+COUNTS = (0, 1, 1, 2, 2)  # images of the prompts that are sent
 ROUNDS = 3
 TURNS = 4
 
 
 def is_exact(policy: Policy) -> bool:
-    """Whether differences are of fp32 on a CPU; else they are of bf16."""
+    """Whether the trainer's differences are of fp32 on a CPU; else they are of bf16."""
     return policy.model.device.type == "cpu" and policy.model.dtype == torch.float32
+
+
+def server_is_exact(policy: Policy) -> bool:
+    """Whether the server's are, too."""
+    return is_exact(policy) and policy.server_dtype not in ("bfloat16", "float16", "half")
+
+
+def tolerance(policy: Policy) -> float:
+    """The largest difference between logprobs of trainer and server that is one of rounding."""
+    return 5e-5 if server_is_exact(policy) else 0.5
+
+
+def forward(policy: Policy, micro: MultimodalBatch) -> dict[str, float]:
+    """Refuse a policy that is not its model: {"forward": |difference of logprobs|, "causal": ...}.
+
+    The policy applies the model's head by itself. "forward" is how far its logprobs are from those
+    of the model's own logits, and "causal" how far they move where only a later token is changed.
+    What a config leaves open is set to what fits. RuntimeError, on every rank alike, with the
+    numbers, if nothing does.
+    """
+    tolerance = 1e-4 if is_exact(policy) else 0.1
+    found = {}
+    for name, measure, choices in (
+            ("causal", lookahead, [{"completion_type": 0}, {"completion_type": 1}]),
+            ("forward", head_difference, [{"scale": scale, "cap": cap} for scale, cap
+                                          in logit_changes(policy.model.config)])):
+        worst = {}
+        for number, choice in enumerate(choices):
+            vars(policy).update(choice)
+            worst[number] = measure(policy, micro)
+            if worst[number] <= tolerance:
+                break
+        best = min(worst, key=worst.get)
+        vars(policy).update(choices[best])
+        found[name] = worst[best]
+    for name, cause in NOT_THE_MODEL.items():
+        if not found[name] <= tolerance:  # NaN is not
+            error = RuntimeError(f"this model cannot be trained: {cause} ({found[name]:.1e} with "
+                                 f"the best of the known ways, at most {tolerance:.0e} is right)")
+            error.on_all_ranks = True
+            raise error
+    return found
+
+
+def head_difference(policy: Policy, micro: MultimodalBatch) -> float:
+    """The largest difference between the policy's logprobs and those of the model's own logits."""
+    worst = []
+    for row in range(len(micro)):  # one by one: the model makes the logits of whole rows
+        one = micro.select([row])
+        with torch.no_grad():
+            worst.append((policy(one, share=False)[0] - policy.model_logprobs(one)).abs().max())
+    return torch.stack(worst).max().item()
+
+
+def lookahead(policy: Policy, micro: MultimodalBatch) -> float:
+    """How far logprobs move at most when the last token of each row is another one."""
+    rows, last = torch.arange(len(micro)), micro.attention_mask.sum(1) - 1  # (b,)
+    ids = micro.input_ids.clone()
+    spare = [i for i in range(len(policy.banned) + 2) if i not in policy.banned]
+    ids[rows, last] = torch.where(ids[rows, last] == spare[0], spare[1], spare[0])
+    earlier = torch.ones_like(ids).index_put((rows, last), torch.tensor(0))
+    with torch.no_grad():
+        before, after = (policy(batch, share=False)[0]
+                         for batch in (micro, micro.with_fields(input_ids=ids)))
+    return ((before - after).abs() * earlier).max().item()
 
 
 def sharing(policy: Policy, micro: MultimodalBatch) -> None:
@@ -86,7 +159,7 @@ def server(policy: Policy, micro: MultimodalBatch, must_agree: bool) -> dict[str
     message = (f"trainer and server: logprobs of {len(off)} tokens differ by {found['max']:.1e} "
                f"at most, {found['mean']:.1e} in the mean; KL {found['kl']:.1e}")
     tqdm.write(message)
-    if must_agree and not found["mean"] <= (1e-4 if is_exact(policy) else 0.05):  # NaN is not
+    if must_agree and not found["mean"] <= (1e-4 if server_is_exact(policy) else 0.05):  # NaN is not
         error = RuntimeError(f"{message}. These are different policies, by {CAUSES}")
         error.on_all_ranks = True
         raise error
@@ -125,15 +198,16 @@ def perturb(model, generator: torch.Generator) -> None:
             p += 0.05 * p.std(correction=0) * noise
 
 
-def conversations(model, adapter: MultimodalAdapter, config: MultimodalRLConfig) -> str:
-    """Whether some of several turns, with an image in each, are exact: how far off, or why not.
+def conversations(model, adapter: MultimodalAdapter, config: MultimodalRLConfig,
+                  images: int = 1) -> str:
+    """Whether some of several turns, with so many images in each, are exact: how far off, or why not.
 
     The temperature is high, so that completions hold what no tokenizer would write.
     """
     def play(say, completion, answer):
         rng = random.Random(1)
         for _ in range(TURNS - 1):
-            say(make_prompt(1, rng))
+            say(make_prompt(images, rng))
 
     config = dataclasses.replace(config, temperature=2.0)
     policy, prompt = Policy(model, config), make_prompt(1, random.Random(0))
@@ -143,40 +217,89 @@ def conversations(model, adapter: MultimodalAdapter, config: MultimodalRLConfig)
         outputs = generator.collect(generator.begin(0, 2, 4))
         batch = adapter.build_batch(outputs).cut_at(policy.banned)
     except (ValueError, RuntimeError) as error:
-        return f"not possible: {describe(error)}"
+        reason = describe(error)
+        if images == 0:
+            return f"not possible: {reason}"
+        found = conversations(model, adapter, config, images=0)
+        return f"{found}, with an image in the first alone ({reason})"
     turns = min(len(replies) for replies in outputs.replies) + 1
     [worst] = largest_differences(policy, batch, [turns] * len(batch)).values()
-    verdict = "exact" if worst <= TOLERANCE[model.device.type] else "NOT exact"
+    verdict = "exact" if worst <= tolerance(policy) else "NOT exact"
     return f"{verdict}, {turns} turns, max_logprob_difference {worst:.1e}"
 
 
-def check_model(config: MultimodalRLConfig, report) -> bool:
-    """Compare server and trainer over all rounds; whether every difference is in tolerance."""
-    model, processor = load_model(config)
-    adapter, policy = MultimodalAdapter(processor), Policy(model, config)
-    source, noise = CheckpointSource(model), torch.Generator().manual_seed(0)
-    rng, safe = random.Random(0), True
-    rows = [{"prompt": make_prompt(count, rng), "answer": ""} for count in (0, 1, 1, 2, 2)]
-    environment = Environment(train=rows, eval=[], rewards=[])
-    with Server(config) as vllm:
-        generator = Generator(environment, config, policy.banned, adapter,
-                              processor.tokenizer.decode)
-        for version in range(ROUNDS):
-            if version > 0:
-                perturb(model, noise)
-            source.weights, source.version = policy.full_weights(), version
-            vllm.send(source)
-            outputs = generator.collect(generator.begin(version, len(rows), 2))
-            batch = adapter.build_batch(outputs).cut_at(policy.banned)
-            num_images = [len(images) for images in outputs.images]
-            for count, worst in largest_differences(policy, batch, num_images).items():
-                safe &= worst <= TOLERANCE[model.device.type]
-                report({"images": count, "weight_version": version,
-                        "max_logprob_difference": worst})
-        report({"conversations": conversations(model, adapter, config)})
-    sharing(policy, batch.select(list(range(0, len(batch), 3))).to(model.device))
-    report({"shared_prompts_exact": policy.can_share})
-    return safe
+class Comparison:
+    """Trainer and server side by side, on prompts with several numbers of images."""
+
+    def __init__(self, config: MultimodalRLConfig, report):
+        self.config, self.report = config, report
+        self.model, processor = load_model(config)
+        self.adapter, self.policy = MultimodalAdapter(processor), Policy(self.model, config)
+        self.source = CheckpointSource(self.model)
+        rng = random.Random(0)
+        rows = [{"prompt": make_prompt(count, rng), "answer": ""} for count in COUNTS]
+        self.environment = Environment(train=rows, eval=[], rewards=[])
+        self.refused = {}  # {number of images: why a prompt with so many cannot be trained on}
+        self.batch = None  # the last one
+
+    def run(self) -> str:
+        """Why the model must not be trained; "" if it can be."""
+        with Server(self.config) as vllm:
+            self.generator = Generator(self.environment, self.config, self.policy.banned,
+                                       self.adapter, self.adapter.tokenizer.decode)
+            if vllm.ours and (why := self.compare("as loaded")):
+                return f"server and trainer compute different models, before any update: {why}"
+            noise = torch.Generator().manual_seed(0)
+            for version in range(ROUNDS):
+                if version > 0:
+                    perturb(self.model, noise)
+                self.source.weights, self.source.version = self.policy.full_weights(), version
+                vllm.send(self.source)
+                if why := self.compare(version):
+                    return f"after weight update {version} they compute different models: {why}"
+            self.report({"conversations": conversations(self.model, self.adapter, self.config)})
+        sharing(self.policy, self.some_rows())
+        self.report({"shared_prompts_exact": self.policy.can_share})
+        return ""
+
+    def compare(self, version: int | str) -> str:
+        """Report the largest differences by image counts; what is wrong with them, or ""."""
+        step = 0 if version == "as loaded" else version
+        outputs = self.generator.collect(self.generator.begin(step, len(COUNTS), 2))
+        self.batch = self.adapter.build_batch(outputs).cut_at(self.policy.banned)
+        if version == "as loaded":
+            for name, worst in forward(self.policy, self.some_rows()).items():
+                self.report({name: worst})
+        for index, reason in failures(outputs.dropped).items():
+            if COUNTS[index] not in self.refused:
+                self.refused[COUNTS[index]] = reason
+                self.report({"images": COUNTS[index], "not_possible": reason})
+        num_images = [len(images) for images in outputs.images]
+        wrong = []
+        for count, worst in largest_differences(self.policy, self.batch, num_images).items():
+            self.report({"images": count, "weight_version": version,
+                         "max_logprob_difference": worst})
+            if not worst <= tolerance(self.policy):  # NaN is not
+                wrong.append(f"{images_text(count)}: logprobs differ by {worst:.1e}")
+        if not {1, 2} - self.refused.keys():
+            wrong.append(f"prompts with images are refused: {self.refused[1]}")
+        return "; ".join(wrong)
+
+    def some_rows(self) -> MultimodalBatch:
+        return self.batch.select(list(range(0, len(self.batch), 3))).to(self.model.device)
+
+
+def failures(dropped: list[str]) -> dict[int, str]:
+    """{index of the row: why} of what was dropped."""
+    found = {}
+    for text in dropped:
+        name, _, reason = text.partition(": ")
+        found[int(name.removeprefix("example "))] = reason
+    return found
+
+
+def images_text(count: int) -> str:
+    return f"{count} image" if count == 1 else f"{count} images"
 
 
 def main(words: list[str]) -> int:
@@ -200,21 +323,40 @@ def main(words: list[str]) -> int:
             print("  ".join(f"{key}: {value}" for key, value in record.items()))
         sys.stdout.flush()
 
-    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    flags = {"enforce_eager": True, "dtype": dtype, "max_model_len": 4096, "max_num_seqs": 16,
-             "limit_mm_per_prompt": {"image": 4}}
-    reason = "server and trainer are different policies"
-    with tempfile.TemporaryDirectory() as folder:
+    folder = tempfile.mkdtemp(prefix="check-")
+    safe = False
+    try:
         config = MultimodalRLConfig(
             model=args.model, output_dir=folder, vllm_server_host=host, vllm_server_port=int(port),
-            temperature=0.7, max_tokens=12, batch_size=4, rollouts_per_step=2, max_dropped=0.0,
-            inference_args={} if args.server else flags)
-        try:
-            safe = check_model(config, report)
-        except (ValueError, RuntimeError, OSError) as error:
-            safe, reason = False, str(error)
-    report({"verdict": "safe to train" if safe else f"do NOT train this model: {reason}"})
+            temperature=0.7, max_tokens=12, batch_size=4, rollouts_per_step=2, max_dropped=0.99,
+            inference_args={} if args.server else flags_for(args.model))
+        comparison = Comparison(config, report)
+        reason = comparison.run()
+        safe = not reason
+        limits = [f"{images_text(count)}: {why}" for count, why in comparison.refused.items()]
+        verdict = "; but ".join(["safe to train", *limits])
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = str(error)
+    if safe:
+        shutil.rmtree(folder)
+    else:
+        verdict = f"do NOT train this model: {reason}"
+        if any(os.scandir(folder)):
+            verdict += f" (what the server said is in {folder})"
+    report({"verdict": verdict})
     return 0 if safe else 1
+
+
+def flags_for(model: str) -> dict:
+    """The flags of a server that the comparison starts."""
+    dtype, length = "float32", 4096
+    if torch.cuda.is_available() or vllm_process.is_hybrid(model):
+        dtype = "bfloat16"  # also on CPUs the kernels of linear attention take nothing else
+    with contextlib.suppress(OSError, ValueError):  # load_model says what is wrong with it
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+        length = min(length, getattr(config.get_text_config(), "max_position_embeddings", length))
+    return {"enforce_eager": True, "dtype": dtype, "max_model_len": length, "max_num_seqs": 16,
+            "limit_mm_per_prompt": {"image": TURNS}}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from policy import FULL, merge_adapters
 from support.finite import check_finite
+from support.layout import as_in_files
 from support.ranks import on_lead
 
 
@@ -74,7 +75,8 @@ def write(folder: Path, config, step: int, policy, weights: dict, processor, sta
     metrics = config.run_dir / "metrics.jsonl"
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        policy.model.save_pretrained(folder, state_dict=weights)
+        policy.model.save_pretrained(folder, save_original_format=False,
+                                     state_dict=as_in_files(policy.model, weights))
         processor.save_pretrained(folder)
         # Without the user's metrics.jsonl, which he may have removed, a run goes on all the same.
         state = {"step": step, "metrics": metrics.read_text() if metrics.exists() else "",

@@ -33,11 +33,30 @@ def no_device() -> None:
     return None
 
 
+def repack_experts() -> None:
+    """Have a server on a CPU bring new weights of experts into the layout of its kernels.
+
+    vLLM 0.32 does that when it loads them, but after an update it takes the kernel that is there
+    for a reason not to: the same weights sent again make garbage. Here no kernel is ever there.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod as Method)
+    set_up = Method._setup_kernel
+
+    def set_up_anew(self, *args, **kwargs):
+        self.moe_kernel = None
+        return set_up(self, *args, **kwargs)
+
+    if set_up.__name__ != set_up_anew.__name__:  # a second trainer has met this worker
+        Method._setup_kernel = set_up_anew
+
+
 class GlooWorker:
     """What the workers of a server that we start learn, from --worker-extension-cls."""
 
     def use_gloo(self) -> None:
         use_gloo()
+        repack_experts()
 
     def clean_caches(self) -> None:
         """Zero the key-value caches that hold a number that is not finite.

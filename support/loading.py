@@ -13,17 +13,25 @@ from support.ranks import join_ranks
 def load_model(config):
     """(model, processor) of config.model. The weights are fp32, for the sake of small updates.
 
-    ValueError if it is neither a folder that holds a model nor one of the Hugging Face hub.
+    ValueError if it is neither a folder that holds a model nor one of the Hugging Face hub, or one
+    that transformers does not have itself.
     """
     use_gpu(trainer_gpu(config))
     transformers.logging.disable_progress_bar()  # an error is one line
     try:
         check_hub(config.model)
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            config.model, dtype=torch.float32)
-        processor = transformers.AutoProcessor.from_pretrained(config.model)
+        kind = transformers.AutoConfig.from_pretrained(config.model, trust_remote_code=False)
+        takes_images = type(kind) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        if takes_images:
+            model = transformers.AutoModelForImageTextToText.from_pretrained(
+                config.model, dtype=torch.float32, trust_remote_code=False)
+            processor = transformers.AutoProcessor.from_pretrained(
+                config.model, trust_remote_code=False)
     except Exception as error:  # of a broken file, of the network, or of a model's own code
         raise ValueError(missing_model(config.model, error)) from error
+    if not takes_images:
+        raise ValueError(f"model: {config.model} is of model_type {kind.model_type!r}, for which "
+                         "transformers has no model that sees images")
     _, world = join_ranks()
     if torch.cuda.is_available() and world == 1:  # else FSDP moves its shards
         model = model.cuda()
@@ -38,6 +46,9 @@ def check_hub(name: str) -> None:
 
 def missing_model(name: str, error: Exception) -> str:
     """What is wrong with a model that cannot be loaded; the library speaks of the hub alone."""
+    if "trust_remote_code" in str(error):
+        return (f"model: {name} brings code of its own, which is not run; transformers must have "
+                "its model_type itself")
     if Path(name).is_dir():
         kind = type(error).__name__
         return f"model: {name} does not hold a whole model: {kind}: {error}"

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
+
 from support import secret
 from support.gpus import entries_at
 from support.text import plain
@@ -29,6 +31,8 @@ def server_command(config) -> list[str]:
              "enable_scale_out": True}  # the route for token ids, by which later turns go
     if config.server_gpus == 0:
         flags["enable_chunked_prefill"] = False  # with a seed it crashes vLLM 0.32 on CPUs
+        if is_hybrid(config.model):  # whose prefix caching needs that
+            flags["enable_prefix_caching"] = False
     elif "data_parallel_size" not in config.inference_args:
         flags["tensor_parallel_size"] = config.server_gpus
     flags |= config.inference_args
@@ -53,8 +57,24 @@ def server_command(config) -> list[str]:
     return command
 
 
+def is_hybrid(model: str) -> bool:
+    """Whether some of the layers have a state instead of attention, by the config of the model."""
+    path = Path(model, "config.json")
+    if not path.exists():
+        path = huggingface_hub.try_to_load_from_cache(model, "config.json")
+    try:
+        config = json.loads(Path(path).read_text())
+        kinds = config.get("text_config", config).get("layer_types") or ()
+    except (OSError, TypeError, ValueError, AttributeError):  # the server says what is wrong
+        return False
+    return any("attention" not in kind or "linear" in kind for kind in kinds)
+
+
 def start(config, log: Path) -> subprocess.Popen:
-    """Run the server in a session of its own, so that Ctrl-C reaches the trainer alone."""
+    """Run the server in a session of its own, so that Ctrl-C reaches the trainer alone.
+
+    The log keeps what earlier servers of the run have said.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ,
            "VLLM_SERVER_DEV_MODE": "1", secret.VARIABLE: secret.make(config.url),
@@ -64,7 +84,7 @@ def start(config, log: Path) -> subprocess.Popen:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(entries_at(0, config.server_gpus))
     if "api_key" in config.inference_args:
         env["VLLM_API_KEY"] = os.environ["VLLM_API_KEY"] = config.inference_args["api_key"]
-    with open(log, "w") as out:
+    with open(log, "a") as out:
         process = subprocess.Popen(["sh", "-c", GUARD, "sh", *server_command(config)], env=env,
                                    stdout=out, stderr=out, stdin=subprocess.PIPE,
                                    start_new_session=True)
@@ -93,8 +113,12 @@ def stop(process: subprocess.Popen) -> None:
     process.wait(20)
 
 
-def last_errors(log: Path) -> str:
-    """The last errors in the log, or its last lines."""
-    text = log.read_text(errors="replace")
-    errors = re.findall(ERRORS, text) or text.splitlines()
-    return plain(" | ".join(errors[-2:]))
+def size_of(log: Path) -> int:
+    """Where in the log that begins which is written from now on."""
+    return log.stat().st_size if log.exists() else 0
+
+
+def errors(log: Path, start: int = 0) -> list[str]:
+    """The errors in the log from there on, or its lines."""
+    text = log.read_bytes()[start:].decode(errors="replace")
+    return [plain(error) for error in re.findall(ERRORS, text) or text.splitlines()]

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+import rollout
 from conftest import ROOT, free_port, gradients, make_trainer, noise, relative_difference
 from rollout import Environment
 from support import check
@@ -92,6 +93,39 @@ def test_every_way_to_train_conversations_has_the_same_gradient(server, options)
     else:
         wanted, found = (gradients(t, outputs) for t in (trainer, other))
         assert relative_difference(wanted, found) < 1e-5
+
+
+def test_images_of_earlier_turns_are_named_and_sent_again_to_a_server_that_forgot(server):
+    def forgetful(say, completion, answer, number):
+        for turn in range(2):
+            trainer.server.call("reset_mm_cache")
+            say(asking(noise(56, 56, 50 * number + turn)))
+
+    def twice(say, completion, answer, number):
+        for turn in range(2):
+            say(asking(noise(56, 56, 50 * number + turn)))
+
+    found = {}
+    for play in (twice, forgetful):
+        trainer, sent = talker(server, play=play), []
+        generator, call = trainer.generator, trainer.generator.call
+
+        def counting(route, body=None, method="post"):
+            if route == rollout.GENERATE:
+                sent.append([part["url"] is not None for part in body["content_parts"]])
+            return call(route, body, method)
+
+        generator.call = counting
+        outputs = generator.collect(generator.begin(0, 4, 1))
+        found[play] = outputs.completion_ids, outputs.completion_logprobs
+        assert outputs.dropped == []
+        if play is twice:
+            assert sorted(sent) == 4 * [[False, False, True]] + 4 * [[False, True]]
+        else:
+            assert [True, True, True] in sent
+    assert found[twice][0] == found[forgetful][0]
+    ours, others = (sum(logprobs, []) for _, logprobs in (found[twice], found[forgetful]))
+    assert ours == pytest.approx(others, abs=1e-5)
 
 
 @pytest.mark.parametrize("share", [False, True])

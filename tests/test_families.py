@@ -3,15 +3,24 @@
 The others, and all after a change: `pytest tests/test_families.py --all-families`, one server
 start each.
 """
+import shutil
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, PaliGemmaConfig
 
+from batch import MultimodalBatch
 from conftest import canned, gradients, make_trainer, noise, relative_difference
 from models.families import FAMILIES, make
+from policy import Policy
 from support import check
+from support.config import MultimodalRLConfig
 
 ON_A_SERVER = ["llava-1.5", "qwen3-vl", "smolvlm"]  # of different tensor layouts
+PACKED = "minicpm-v-4.6"  # refused: its pixels lie side by side along the last dim
+TRAINED = [name for name in FAMILIES if name != PACKED]
+UNSHARED = ["qwen3.5"]    # what linear attention has instead of a cache cannot be forked
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +31,19 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def outputs_of(trainer, seed=0):
+    """Completions of prompts with one, two and no images."""
+    images = [noise(71, 53, seed), noise(64, 130, seed + 1)]
+    return canned(trainer, [(images[:1], [3, 5, 2]), (images, [4, 2]), ([], [2, 3])])
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_step_trains_the_vision_tower_and_sharing_changes_nothing(checkpoints, name):
     found = []
     for share, seed in ((False, 0), (True, 0), (True, 7)):
+        share &= name not in UNSHARED
         trainer = make_trainer(str(checkpoints / name), share_prompt=share, micro_batch_size=16)
-        images = [noise(71, 53, seed), noise(64, 130, seed + 1)]
-        outputs = canned(trainer, [(images[:1], [3, 5, 2]), (images, [4, 2]), ([], [2, 3])])
+        outputs = outputs_of(trainer, seed)
         with torch.no_grad():
             logprobs, _ = trainer.policy(trainer.build_batch(outputs), share)
         found.append((logprobs, gradients(trainer, outputs)))
@@ -48,8 +63,134 @@ def test_a_step_trains_the_vision_tower_and_sharing_changes_nothing(checkpoints,
 def test_weights_are_sent_under_the_names_of_the_checkpoint_file(checkpoints, name):
     sent = dict(make_trainer(str(checkpoints / name)).source)
     saved = load_file(checkpoints / name / "model.safetensors")
-    assert sent.keys() - saved.keys() <= {"lm_head.weight"} and not saved.keys() - sent.keys()
+    assert sent.keys() == saved.keys()
     assert all(torch.equal(sent[key], saved[key]) for key in saved)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_saved_checkpoint_has_the_names_and_shapes_of_the_one_it_came_from(
+        checkpoints, name, tmp_path):
+    trainer = make_trainer(str(checkpoints / name), output_dir=str(tmp_path), run_name="run")
+    trainer.update(outputs_of(trainer))
+    trainer.save()
+    saved = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
+    first = load_file(checkpoints / name / "model.safetensors")
+    assert {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in first.items()}
+    assert any(not torch.equal(saved[name], first[name]) for name in first)
+    again = make_trainer(str(tmp_path / "run" / "checkpoint-1"))
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.state_dict().values(),
+                                                 again.model.state_dict().values(), strict=True))
+
+
+def test_a_tied_head_is_sent_if_the_files_have_it(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints / "qwen2-vl", tmp_path / "qwen2-vl")
+    weights = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    [head] = [weights[name] for name in weights if name.endswith("embed_tokens.weight")]
+    save_file(weights | {"lm_head.weight": head.clone()}, folder / "model.safetensors")
+    assert torch.equal(dict(make_trainer(str(folder)).source)["lm_head.weight"], head)
+
+
+def test_weights_that_the_files_do_not_have_are_refused_by_name(checkpoints):
+    trainer = make_trainer(str(checkpoints / "qwen2-vl"))
+    for name, tensor, said in (
+            ("model.language_model.nonsense", torch.ones(3), "nonsense is .*no.*of that name"),
+            ("model.language_model.norm.weight", torch.ones(3), r"norm.weight is \(3,\).*\(64,\)")):
+        trainer.source.weights = trainer.policy.full_weights() | {name: tensor}
+        with pytest.raises(ValueError, match=said):
+            dict(trainer.source)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_policy_is_the_model_and_sees_no_later_token(checkpoints, name):
+    trainer = make_trainer(str(checkpoints / name))
+    batch = trainer.build_batch(outputs_of(trainer))
+    found = check.forward(trainer.policy, batch)
+    assert found["causal"] < 1e-5 and found["forward"] < 1e-5
+    check.sharing(trainer.policy, batch)
+    assert trainer.policy.can_share == (name not in UNSHARED)
+
+
+def test_logits_that_are_capped_are_capped_in_the_policy(checkpoints):
+    trainer = make_trainer(str(checkpoints / "gemma4"))
+    batch = trainer.build_batch(outputs_of(trainer))
+    assert trainer.policy.cap == 5.0
+    trainer.policy.cap = None  # as before the family was known
+    assert check.head_difference(trainer.policy, batch) > 0.1
+    check.forward(trainer.policy, batch)
+    assert trainer.policy.cap == 5.0
+
+
+def test_a_cap_that_a_model_has_in_its_config_alone_is_left_out(checkpoints):
+    trainer = make_trainer(str(checkpoints / "qwen2-vl"))
+    trainer.model.config.text_config.final_logit_softcapping = 2.0
+    policy = Policy(trainer.model, trainer.config)
+    assert policy.cap == 2.0
+    check.forward(policy, trainer.build_batch(outputs_of(trainer)))
+    assert policy.cap is None
+
+
+def test_logits_that_a_model_changes_in_an_unknown_way_are_refused(checkpoints, monkeypatch):
+    trainer = make_trainer(str(checkpoints / "qwen2-vl"))
+    forward = trainer.model.forward
+
+    def louder(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits *= 1.5
+        return output
+
+    monkeypatch.setattr(trainer.model, "forward", louder)
+    with pytest.raises(RuntimeError, match="cannot be trained: its logits are not those of its head"):
+        trainer.update(outputs_of(trainer))
+
+
+def test_completions_are_no_prefix_of_which_every_token_sees_all(monkeypatch):
+    """In PaliGemma that is what a token type of 0 means, and 1 is right."""
+    layers = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    model = AutoModelForImageTextToText.from_config(PaliGemmaConfig(
+        image_token_index=90, projection_dim=64, initializer_range=0.2,
+        vision_config=layers | {"model_type": "siglip_vision_model", "image_size": 28},
+        text_config=layers | {"model_type": "gemma", "vocab_size": 99, "num_key_value_heads": 1,
+                              "head_dim": 32, "initializer_range": 0.2}))
+    policy = Policy(model, MultimodalRLConfig(model=""))
+    ids, prompt = torch.arange(36).view(3, 12), torch.arange(12) < 5
+    batch = MultimodalBatch(
+        ids, torch.ones_like(ids), (~prompt).long().expand(3, 12), -torch.ones(3, 12),
+        torch.zeros(3), extra_model_kwargs={"token_type_ids": torch.zeros_like(ids)})
+    assert check.lookahead(policy, batch) > 1e-3
+    assert check.forward(policy, batch)["causal"] < 1e-6 and policy.completion_type == 1
+    monkeypatch.setattr(check, "lookahead", lambda policy, batch: 0.5)
+    with pytest.raises(RuntimeError, match="cannot be trained: its tokens see later ones.*5.0e-01"):
+        check.forward(policy, batch)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_merged_adapters_are_the_adapted_model(checkpoints, name, capsys):
+    trainer = make_trainer(str(checkpoints / name), lora_rank=2)
+    random = torch.Generator().manual_seed(0)
+    adapters = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert adapters and all(".lora_" in n for n in adapters)
+    assert not any(".router" in n or ".gate." in n for n in adapters)
+    with torch.no_grad():
+        for parameter in adapters.values():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=random))
+    batch = trainer.build_batch(outputs_of(trainer))
+    other = make_trainer(str(checkpoints / name))
+    with torch.no_grad():
+        before = other.policy(batch, share=False)[0]
+        other.model.load_state_dict(trainer.policy.full_weights())
+        merged, adapted = (t.policy(batch, share=False)[0] for t in (other, trainer))
+    rounding = 5e-5 if name == "gemma4" else 1e-5  # its tower makes more of what is rounded
+    assert (merged - adapted).abs().max() < rounding < 1e-2 < (before - adapted).abs().max()
+    has_experts = any(p.dim() == 3 and ".experts." in n
+                      for n, p in trainer.model.named_parameters())
+    assert ("weights of the experts are not trained" in capsys.readouterr().out) == has_experts
+
+
+def test_pixels_that_are_packed_along_the_last_dim_are_refused(checkpoints):
+    trainer = make_trainer(str(checkpoints / PACKED))
+    with pytest.raises(ValueError, match="pixel_values .* along their last dim"):
+        trainer.build_batch(outputs_of(trainer))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
