@@ -53,6 +53,11 @@ class Policy(torch.nn.Module):
         if config.freeze_vision:
             freeze_vision(model)
 
+    def ban(self, tokenizer, strings: list[str]) -> None:
+        """Ban the tokens of these strings, too, which the processor takes for images."""
+        ids = tokenizer.get_vocab()
+        self.banned = sorted({*self.banned, *(ids[text] for text in strings if text in ids)})
+
     def forward(self, batch: MultimodalBatch, share: bool) -> tuple[Tensor, Tensor]:
         """(logprobs, entropies), both (b, L) fp32, and 0 where the loss mask is."""
         batch = with_token_types(batch, self.model, self.completion_type)
@@ -192,7 +197,8 @@ class Policy(torch.nn.Module):
 def vision_token_ids(model_config) -> list[int]:
     """The ids that stand for images, videos and audio, and their brackets, from the config.
 
-    They are banned from sampling: a model looks for the image of each placeholder.
+    They are banned from sampling: a model looks for the image of each placeholder, and the server
+    for that of what becomes placeholders.
     """
     words = ("image", "video", "vision", "audio")
     ids = {value for name, value in model_config.to_dict().items()

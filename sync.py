@@ -170,6 +170,8 @@ class Server:
         """
         from vllm.distributed.weight_transfer import ipc_engine, nccl_engine
         self.leave_old_group()
+        source.all_names = self.keeps_a_head()
+        source.names_and_shapes = None
         ends = {"client": make_client(self.url, self.config.vllm_server_timeout),
                 "source": source}
         if self.config.backend == "ipc":
@@ -185,6 +187,17 @@ class Server:
         return nccl_engine.NCCLTrainerWeightTransferEngine.trainer_init(
             nccl_engine.NCCLTrainerInitInfo(address, port, workers + 1, rank=0,
                                             packed=self.config.backend == "nccl"), **ends)
+
+    def keeps_a_head(self) -> bool:
+        """Whether the server has a head of its own also where the files tie it to the embedding.
+
+        Such a one stays as it was unless it is sent, and a server without one refuses it.
+        """
+        try:
+            found = self.call("collective_rpc", {"method": "keeps_a_head"})["results"]
+        except Refusal:  # from workers of somebody's own; most models skip what they do not have
+            return True
+        return any(plain(str(answer)) == "True" for answer in found)
 
     def leave_old_group(self) -> None:
         """Free the workers from an earlier trainer, also from one that died in an update."""
@@ -223,6 +236,7 @@ class CheckpointSource:
     def __init__(self, model):
         self.model = model
         self.shapes = file_shapes(model)
+        self.all_names = False  # whether tied weights go under each of theirs
         self.weights: dict[str, Tensor] = {}
         self.version = 0  # the step that made the weights
         self.names_and_shapes = None
@@ -239,7 +253,8 @@ class CheckpointSource:
         """Yields (checkpoint name, tensor); one layer at a time exists as a copy."""
         device = self.model.device
         for layer in self.layers():
-            for name, tensor in as_in_files(self.model, layer, self.shapes).items():
+            for name, tensor in as_in_files(self.model, layer, self.shapes,
+                                            self.all_names).items():
                 dtype = torch.bfloat16 if device.type == "cuda" else tensor.dtype
                 yield name, tensor.to(device, dtype).contiguous()
 

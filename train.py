@@ -60,6 +60,7 @@ class MultimodalGRPOTrainer:
 
         transformers.set_seed(config.seed)  # so that LoRA adapters begin the same on every rank
         self.policy = Policy(model, config)
+        self.policy.ban(tokenizer, reserved_strings(tokenizer, processor=adapter.processor))
         if self.world > 1:
             self.policy.shard()
         self.device = model.device

@@ -281,7 +281,7 @@ FAMILIES = {
             model_type="llama4", image_token_index="<|patch|>", boi_token_index="<|image_start|>",
             eoi_token_index="<|image_end|>",
             text_config=LANGUAGE | dict(
-                intermediate_size=64, intermediate_size_mlp=128, num_local_experts=4,
+                intermediate_size=96, intermediate_size_mlp=128, num_local_experts=4,
                 interleave_moe_layer_step=2, no_rope_layers=[1, 0]),
             vision_config=VISION | TILE | dict(  # what the adapter takes: 2 x 2 patches
                 intermediate_size=256, vision_output_dim=64, projector_input_dim=64,
@@ -329,7 +329,8 @@ FAMILIES = {
     "qwen3-vl-moe": qwen(
         "qwen3_vl_moe", "Qwen3VLProcessor", 16, tied=False, video="Qwen3VLVideoProcessor",
         rope=MROPE | {"mrope_interleaved": True},
-        text=dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96),
+        text=dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96,
+                  norm_topk_prob=True),
         vision=dict(out_hidden_size=64, intermediate_size=128, num_position_embeddings=16,
                     deepstack_visual_indexes=[0, 1]),
         transposed_experts=True),
@@ -342,7 +343,8 @@ FAMILIES = {
         vision=dict(out_hidden_size=64, intermediate_size=128, num_position_embeddings=16)),
     "glm-4.5v": glm(
         "glm4v_moe", "Glm4v", text=dict(
-            n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)),
+            n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=96,
+            use_qk_norm=False)),
     "glm-4.6v": glm("glm46v", "Glm46V"),
     "llava-next": llava_next(
         dict(model_type="mistral", sliding_window=None), dict(model_type="clip_vision_model"),
@@ -359,7 +361,7 @@ FAMILIES = {
         config=dict(
             model_type="cohere2_vision", image_token_id="<|IMG_PATCH|>",
             alignment_intermediate_size=128, text_config=LANGUAGE | dict(
-                model_type="cohere2", logit_scale=0.25,
+                model_type="cohere2", logit_scale=0.25, rms_norm_eps=None,  # vLLM: none of RMSNorm
                 layer_types=["sliding_attention", "full_attention"]),
             vision_config=VISION | TILE | dict(vision_use_head=False)),
         tokens=dict(

@@ -211,6 +211,7 @@ def conversations(model, adapter: MultimodalAdapter, config: MultimodalRLConfig,
 
     config = dataclasses.replace(config, temperature=2.0)
     policy, prompt = Policy(model, config), make_prompt(1, random.Random(0))
+    policy.ban(adapter.tokenizer, adapter.reserved())
     environment = Environment(train=[{"prompt": prompt}] * 2, eval=[], rewards=[], play=play)
     generator = Generator(environment, config, policy.banned, adapter, adapter.tokenizer.decode)
     try:
@@ -235,6 +236,7 @@ class Comparison:
         self.config, self.report = config, report
         self.model, processor = load_model(config)
         self.adapter, self.policy = MultimodalAdapter(processor), Policy(self.model, config)
+        self.policy.ban(self.adapter.tokenizer, self.adapter.reserved())
         self.source = CheckpointSource(self.model)
         rng = random.Random(0)
         rows = [{"prompt": make_prompt(count, rng), "answer": ""} for count in COUNTS]

@@ -58,6 +58,14 @@ class GlooWorker:
         use_gloo()
         repack_experts()
 
+    def keeps_a_head(self) -> bool:
+        """Whether the head is a module of its own, also one whose weight is the embedding's.
+
+        Such a one is loaded by itself: an update without it leaves it as it was.
+        """
+        return any(name.rpartition(".")[2] == "lm_head"
+                   for name, _ in self.model_runner.model.named_modules())
+
     def clean_caches(self) -> None:
         """Zero the key-value caches that hold a number that is not finite.
 

@@ -25,11 +25,13 @@ def file_shapes(model) -> dict[str, tuple[int, ...]]:
 
 
 def as_in_files(model, weights: dict[str, Tensor],
-                shapes: dict[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
+                shapes: dict[str, tuple[int, ...]] | None = None,
+                all_names: bool = False) -> dict[str, Tensor]:
     """The weights, by the model's own names, as its files hold them, whose shapes are these.
 
-    Without files, as transformers would save them, but with tied ones under each of their names.
-    ValueError names a weight that the files do not have.
+    A tied weight goes under the names that the files have, or under all of its names. Without files
+    the weights are as transformers would save them, under all names. ValueError names a weight that
+    the files do not have.
     """
     if shapes is None:
         shapes = file_shapes(model)
@@ -41,7 +43,9 @@ def as_in_files(model, weights: dict[str, Tensor],
     result = {}
     for name, tensor in found.items():
         if name not in shapes and name in tied:
-            continue  # the server, too, has it by the name of the other one
+            if all_names:
+                result[name] = tensor
+            continue
         if name in shapes and tensor.shape != shapes[name] and tensor.dim() > 1:
             tensor = tensor.transpose(-2, -1)  # of each expert
         if shapes.get(name) != tensor.shape:
