@@ -118,7 +118,7 @@ def moves_to_goal(completion: list[dict], answer: str, solved: bool = False, mov
     return float(moves if solved else 0)
 
 
-def load_environment(num_train: int = 2000, num_eval: int = 100, seed: int = 0, size: int = 3,
+def load_environment(num_train: int = 2000, num_eval: int = 200, seed: int = 0, size: int = 3,
                      distance: int = 2, turns: int = 8, cost: float = 0.1,
                      blind: bool = False) -> Environment:
     """Boards whose goal is at least `distance` moves away, and at most `turns` moves to reach it.
