@@ -11,6 +11,7 @@ one per other question, and a verdict; exit code 0 if the model is safe to train
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -151,9 +152,9 @@ def server(policy: Policy, micro: MultimodalBatch, must_agree: bool) -> dict[str
 
     RuntimeError, on every rank alike, if they must agree and their mean difference is too large.
     """
-    with torch.no_grad():
-        logprobs, _ = policy(micro, share=False)
-    off = (logprobs - micro.behavior_logprobs)[micro.loss_mask.bool()]  # (N,)
+    if must_agree:
+        follow(policy, micro)
+    off = differences(policy, micro)  # (N,)
     found = {"max": off.abs().max().item(), "mean": off.abs().mean().item(),
              "kl": (off.expm1() - off).mean().item()}
     message = (f"trainer and server: logprobs of {len(off)} tokens differ by {found['max']:.1e} "
@@ -164,6 +165,32 @@ def server(policy: Policy, micro: MultimodalBatch, must_agree: bool) -> dict[str
         error.on_all_ranks = True
         raise error
     return found
+
+
+def differences(policy: Policy, micro: MultimodalBatch) -> torch.Tensor:
+    """Our logprobs less the server's, of each token in the loss; (N,)."""
+    with torch.no_grad():
+        logprobs, _ = policy(micro, share=False)
+    return (logprobs - micro.behavior_logprobs)[micro.loss_mask.bool()]
+
+
+def follow(policy: Policy, micro: MultimodalBatch) -> None:
+    """Scale and cap logits as the server does, if it does what the config says and the model not.
+
+    Some classes of transformers leave out what they have in the config of their language model.
+    """
+    choices = logit_changes(policy.model.config)
+    own, worst = (policy.scale, policy.cap), {}
+    for choice in choices if len(choices) > 1 else ():
+        policy.scale, policy.cap = choice
+        worst[choice] = differences(policy, micro).abs().max().item()
+    best = min(worst, key=worst.get, default=own)
+    if best != own and not worst[best] <= tolerance(policy):
+        best = own
+    policy.scale, policy.cap = best
+    if best != own:
+        tqdm.write(f"the server scales logits by {best[0]} and caps them at {best[1]}, as the "
+                   "model's config says and transformers does not: so does the trainer")
 
 
 def make_prompt(num_images: int, rng: random.Random) -> list[dict]:
@@ -198,7 +225,7 @@ def perturb(model, generator: torch.Generator) -> None:
             p += 0.05 * p.std(correction=0) * noise
 
 
-def conversations(model, adapter: MultimodalAdapter, config: MultimodalRLConfig,
+def conversations(policy: Policy, adapter: MultimodalAdapter, config: MultimodalRLConfig,
                   images: int = 1) -> str:
     """Whether some of several turns, with so many images in each, are exact: how far off, or why not.
 
@@ -210,8 +237,8 @@ def conversations(model, adapter: MultimodalAdapter, config: MultimodalRLConfig,
             say(make_prompt(images, rng))
 
     config = dataclasses.replace(config, temperature=2.0)
-    policy, prompt = Policy(model, config), make_prompt(1, random.Random(0))
-    policy.ban(adapter.tokenizer, adapter.reserved())
+    policy, prompt = copy.copy(policy), make_prompt(1, random.Random(0))
+    policy.temperature = config.temperature
     environment = Environment(train=[{"prompt": prompt}] * 2, eval=[], rewards=[], play=play)
     generator = Generator(environment, config, policy.banned, adapter, adapter.tokenizer.decode)
     try:
@@ -221,7 +248,7 @@ def conversations(model, adapter: MultimodalAdapter, config: MultimodalRLConfig,
         reason = describe(error)
         if images == 0:
             return f"not possible: {reason}"
-        found = conversations(model, adapter, config, images=0)
+        found = conversations(policy, adapter, config, images=0)
         return f"{found}, with an image in the first alone ({reason})"
     turns = min(len(replies) for replies in outputs.replies) + 1
     [worst] = largest_differences(policy, batch, [turns] * len(batch)).values()
@@ -259,19 +286,21 @@ class Comparison:
                 vllm.send(self.source)
                 if why := self.compare(version):
                     return f"after weight update {version} they compute different models: {why}"
-            self.report({"conversations": conversations(self.model, self.adapter, self.config)})
+            self.report({"conversations": conversations(self.policy, self.adapter,
+                                                        self.config)})
         sharing(self.policy, self.some_rows())
         self.report({"shared_prompts_exact": self.policy.can_share})
         return ""
 
     def compare(self, version: int | str) -> str:
         """Report the largest differences by image counts; what is wrong with them, or ""."""
-        step = 0 if version == "as loaded" else version
+        first, step = self.batch is None, 0 if version == "as loaded" else version
         outputs = self.generator.collect(self.generator.begin(step, len(COUNTS), 2))
         self.batch = self.adapter.build_batch(outputs).cut_at(self.policy.banned)
-        if version == "as loaded":
+        if first:
             for name, worst in forward(self.policy, self.some_rows()).items():
                 self.report({name: worst})
+            follow(self.policy, self.some_rows())
         for index, reason in failures(outputs.dropped).items():
             if COUNTS[index] not in self.refused:
                 self.refused[COUNTS[index]] = reason
