@@ -46,6 +46,7 @@ class Server:
         self.process = None
         self.engine = None   # the trainer's side of the weight transfer
         self.version = None  # the weights that it has; None: other ones than ours
+        self.refusal = None  # what its workers said to the update at hand, if they failed at it
         self.lease = Lease(self)
 
     def __enter__(self) -> "Server":
@@ -87,7 +88,7 @@ class Server:
         while True:
             if self.process and self.process.poll() is not None:  # what answers is another one
                 raise ValueError(f"vLLM ended, code {self.process.returncode} ({self.log}): "
-                                 + " | ".join(vllm_process.errors(self.log, log_start)[-2:]))
+                                 + vllm_process.last_errors(self.log, log_start))
             if is_healthy(self.url):
                 return
             waited = time.monotonic() - start
@@ -125,6 +126,7 @@ class Server:
             if self.config.inference_args.get("enable_sleep_mode"):
                 self.call("wake_up")
             self.lease.claim()
+            self.refusal = None
             caches_are_clean = self.engine is not None and not was_spoiled(self.url)
             engine = self.engine or self.meet(source)
             # And so they stay if anything below fails: both sides then meet anew.
@@ -143,8 +145,8 @@ class Server:
                 raise RuntimeError(f"it serves {plain(served)!r}")
             self.engine, self.version = engine, source.version
         except (OSError, RuntimeError) as error:
-            raise ServerError(
-                f"weights {source.version} did not reach {self.url}: {error}") from error
+            raise ServerError(f"weights {source.version} did not reach {self.url}: "
+                              f"{self.refusal or error}") from error
 
     @contextlib.contextmanager
     def paused(self):
@@ -172,8 +174,7 @@ class Server:
         self.leave_old_group()
         source.all_names = self.keeps_a_head()
         source.names_and_shapes = None
-        ends = {"client": make_client(self.url, self.config.vllm_server_timeout),
-                "source": source}
+        ends = {"client": make_client(self), "source": source}
         if self.config.backend == "ipc":
             return ipc_engine.IPCTrainerWeightTransferEngine.trainer_init(
                 ipc_engine.IPCTrainerInitInfo(rank=0, packed=True), **ends)
@@ -216,15 +217,23 @@ class Server:
             return connection.getsockname()[0]
 
 
-def make_client(url: str, timeout: float):
-    """vLLM's own client of the weight routes, which calls them as we call all others."""
+def make_client(server: Server):
+    """vLLM's own client of the weight routes, which calls them as we call all others.
+
+    It keeps what a worker says that cannot load the weights. The trainer itself only sees that
+    nobody receives them any more.
+    """
     from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient
 
     class Client(HTTPVLLMWeightSyncClient):
         def _post(self, path: str, json: dict | None = None) -> None:
-            call(f"{self.base_url}/{path}", json, timeout=self.timeout, pauses=())
+            try:
+                call(f"{self.base_url}/{path}", json, timeout=self.timeout, pauses=())
+            except Refusal as error:
+                server.refusal = error
+                raise
 
-    return Client(url, timeout)
+    return Client(server.url, server.config.vllm_server_timeout)
 
 
 class CheckpointSource:

@@ -37,14 +37,15 @@ def table(records: list[dict]) -> str:
         mine = [r for r in records if r["model"] == name]
         if not mine:
             continue
-        worst = [max((r["max_logprob_difference"] for r in mine if r.get("images") == count),
+        found = [r for r in mine if "max_logprob_difference" in r]
+        worst = [max((r["max_logprob_difference"] for r in found if r["images"] == count),
                      default=None) for count in (0, 1, 2)]
         shared = [r["shared_prompts_exact"] for r in mine if "shared_prompts_exact" in r]
         cells = ["-" if w is None else f"{w:.1e}" for w in worst]
         talked = [r["conversations"] for r in mine if "conversations" in r]
         cells.append(talked[-1].split()[-1] if talked else "-")
         rows.append(f"| {name} | {' | '.join(cells)} | "
-                    f"{'exact' if all(shared) else 'no'} | {mine[-1]['verdict']} |")
+                    f"{'exact' if shared and all(shared) else 'no'} | {mine[-1]['verdict']} |")
     return "\n".join(rows)
 
 

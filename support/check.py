@@ -236,7 +236,7 @@ def conversations(policy: Policy, adapter: MultimodalAdapter, config: Multimodal
         for _ in range(TURNS - 1):
             say(make_prompt(images, rng))
 
-    config = dataclasses.replace(config, temperature=2.0)
+    config = dataclasses.replace(config, temperature=2.0, max_dropped=0.0)
     policy, prompt = copy.copy(policy), make_prompt(1, random.Random(0))
     policy.temperature = config.temperature
     environment = Environment(train=[{"prompt": prompt}] * 2, eval=[], rewards=[], play=play)

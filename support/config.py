@@ -72,7 +72,7 @@ class MultimodalRLConfig:
     share_prompt: bool | None = None        # unset: decided per micro-batch, by counting work
     gradient_checkpointing: bool = False    # less memory, but prompts cannot be shared
     freeze_vision: bool = False             # train the language model alone
-    lora_rank: int = 0                      # above 0: train adapters of all linear layers (peft)
+    lora_rank: int = 0                      # above 0: train adapters of linear layers (peft)
     temperature: float = 1.0
     max_tokens: int = 512
     vllm_server_host: str = "0.0.0.0"       # this machine: train.py starts the server itself

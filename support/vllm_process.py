@@ -118,7 +118,8 @@ def size_of(log: Path) -> int:
     return log.stat().st_size if log.exists() else 0
 
 
-def errors(log: Path, start: int = 0) -> list[str]:
-    """The errors in the log from there on, or its lines."""
+def last_errors(log: Path, start: int = 0) -> str:
+    """The last errors in the log, or its last lines, from there on."""
     text = log.read_bytes()[start:].decode(errors="replace")
-    return [plain(error) for error in re.findall(ERRORS, text) or text.splitlines()]
+    errors = re.findall(ERRORS, text) or text.splitlines()
+    return plain(" | ".join(errors[-2:]))

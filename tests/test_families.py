@@ -3,23 +3,30 @@
 The others, and all after a change: `pytest tests/test_families.py --all-families`, one server
 start each.
 """
+import dataclasses
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, PaliGemmaConfig
+from vllm.distributed.weight_transfer import ParamMeta
 
 from batch import MultimodalBatch
-from conftest import canned, gradients, make_trainer, noise, relative_difference
+from conftest import ROOT, canned, free_port, gradients, make_trainer, noise, relative_difference
 from models.families import FAMILIES, make
 from policy import Policy
 from support import check
-from support.config import MultimodalRLConfig
+from support.config import MultimodalRLConfig, load_config
+from sync import CheckpointSource
+from train import served
 
-ON_A_SERVER = ["llava-1.5", "qwen3-vl", "smolvlm"]  # of different tensor layouts
+ON_A_SERVER = ["llava-1.5", "qwen3-vl", "smolvlm", "qwen3-vl-moe"]  # of different tensor layouts
 PACKED = "minicpm-v-4.6"  # refused: its pixels lie side by side along the last dim
 TRAINED = [name for name in FAMILIES if name != PACKED]
+REFUSED = ["gemma3", PACKED]  # by the check
 UNSHARED = ["qwen3.5"]    # what linear attention has instead of a cache cannot be forked
 
 
@@ -199,5 +206,50 @@ def test_server_and_trainer_agree(checkpoints, name, request, capsys):
         pytest.skip("run with --all-families")
     code = check.main([str(checkpoints / name)])
     said = capsys.readouterr().out
-    assert code == (1 if name == "gemma3" else 0), said
-    assert ("conversations: exact, 4 turns" in said) == (name != "gemma3"), said
+    assert code == (1 if name in REFUSED else 0), said
+    assert ("conversations: exact, 4 turns" in said) == (name not in REFUSED), said
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl-moe", "gemma4"])
+def test_a_run_trains_experts_and_tower_and_the_server_follows(checkpoints, name, tmp_path, request):
+    if name not in ON_A_SERVER and not request.config.getoption("--all-families"):
+        pytest.skip("run with --all-families")
+    config = load_config(str(ROOT / "config.toml"), [
+        f"model={checkpoints / name}", f"output_dir={tmp_path}", f"vllm_server_port={free_port()}",
+        "max_steps=5", "rollouts_per_step=4", "batch_size=16", "async_steps=0", "max_tokens=8",
+        "eval_every_steps=0", "inference.args.max_model_len=1024"])
+    with served(config) as trainer:
+        trainer.environment = dataclasses.replace(
+            trainer.environment, weights=None,
+            rewards=[lambda completion, answer, **info: float(len(completion))])
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        trainer.train()
+        moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 and max(line["kl"] for line in lines) < 1e-6
+    for part in ["mlp.experts.", "mlp.gate.", "visual."] if "moe" in name else ["vision_tower."]:
+        assert {n for n in before if part in n} & moved
+
+
+def test_the_check_says_what_the_server_says_of_weights_that_it_cannot_load(
+        checkpoints, monkeypatch, capsys):
+    """At once, and the log is kept; the trainer itself only sees that nobody receives them."""
+    weights = CheckpointSource.__iter__
+
+    def with_one_more(self):
+        yield from weights(self)
+        if self.version == 1:
+            yield "model.nonsense.weight", torch.ones(3)
+
+    monkeypatch.setattr(CheckpointSource, "__iter__", with_one_more)
+    monkeypatch.setattr(CheckpointSource, "metadata", lambda self: [
+        ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self])
+    assert check.main([str(checkpoints / "qwen2-vl")]) == 1
+    said = capsys.readouterr().out
+    assert "images: 2  weight_version: as loaded" in said and "weight_version: 0" in said
+    verdict = said.splitlines()[-1]
+    assert "do NOT train this model: weights 1 did not reach" in verdict
+    assert "no module or parameter named 'nonsense'" in verdict
+    folder = Path(verdict.rpartition("said is in ")[2].rstrip(")"))
+    assert len(list(folder.glob("*-vllm.log"))) == 1
+    shutil.rmtree(folder)

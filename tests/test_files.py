@@ -931,6 +931,19 @@ def test_a_missing_folder_of_a_model_is_said_to_be_one(tmp_path, model):
     assert "ugging" not in str(error.value) and str(ROOT) in str(error.value)
 
 
+@pytest.mark.parametrize("config, said", [
+    ({"model_type": "qwen2"}, "is of model_type 'qwen2', for which transformers has no model that sees"),
+    ({"model_type": "new", "auto_map": {"AutoConfig": "code.Config"}}, "brings code of its own"),
+])
+def test_a_model_without_eyes_or_with_code_of_its_own_is_refused_in_a_line(tmp_path, config, said):
+    """And nobody is asked whether the code may run, at a terminal either."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text("raise SystemExit('it was run')")
+    with pytest.raises(ValueError, match=f"^model: {tmp_path} {said}") as error:
+        load_model(MultimodalRLConfig(model=str(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
 def test_a_name_that_may_be_of_the_hub_is_first_said_to_be_no_folder(monkeypatch, tmp_path):
     """And at once: transformers tries for most of a minute, with a line each time."""
     def offline(*_, **__):

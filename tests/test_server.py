@@ -1080,7 +1080,7 @@ def test_what_strangers_say_is_printed_without_escape_sequences(tmp_path):
             server_http.call(f"http://127.0.0.1:{port}/x", timeout=5)
     assert str(error.value).isprintable() and "400 red" in str(error.value)
     (tmp_path / "vllm.log").write_text(f"ValueError: {evil}\nmore")
-    assert vllm_process.errors(tmp_path / "vllm.log")[0].isprintable()
+    assert vllm_process.last_errors(tmp_path / "vllm.log").isprintable()
     assert str(Failure(3, ValueError(evil))) == "example 3: ValueError: red 5m evil next"
 
 
