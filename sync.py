@@ -195,10 +195,10 @@ class Server:
         Such a one stays as it was unless it is sent, and a server without one refuses it.
         """
         try:
-            found = self.call("collective_rpc", {"method": "keeps_a_head"})["results"]
-        except Refusal:  # from workers of somebody's own; most models skip what they do not have
-            return True
-        return any(plain(str(answer)) == "True" for answer in found)
+            answers = self.call("collective_rpc", {"method": "keeps_a_head"}).get("results", ())
+        except Refusal:  # from workers of somebody's own
+            answers = ["True"]  # most models skip what they do not have
+        return "True" in map(str, answers)
 
     def leave_old_group(self) -> None:
         """Free the workers from an earlier trainer, also from one that died in an update."""

@@ -60,9 +60,9 @@ def server_command(config) -> list[str]:
 def is_hybrid(model: str) -> bool:
     """Whether some of the layers have a state instead of attention, by the config of the model."""
     path = Path(model, "config.json")
-    if not path.exists():
-        path = huggingface_hub.try_to_load_from_cache(model, "config.json")
     try:
+        if not path.exists():
+            path = huggingface_hub.try_to_load_from_cache(model, "config.json")
         config = json.loads(Path(path).read_text())
         kinds = config.get("text_config", config).get("layer_types") or ()
     except (OSError, TypeError, ValueError, AttributeError):  # the server says what is wrong
