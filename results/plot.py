@@ -10,7 +10,7 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 640, 320, 50, 40
 COLORS = [("colors-seed-0", "#1b6ca8", "seed 0"), ("colors-seed-1", "#2a9d8f", "seed 1"),
           ("colors-seed-2", "#e09f3e", "seed 2"), ("colors-cold", "#b0413e", "colder base model")]
 GRID = [("grid-seed-0", "#1b6ca8", "seed 0"), ("grid-seed-1", "#2a9d8f", "seed 1"),
-        ("grid-seed-2", "#e09f3e", "seed 2")]
+        ("grid-seed-2", "#e09f3e", "seed 2"), ("grid-blind", "#b0413e", "later pictures gray")]
 
 
 def main():
