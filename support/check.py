@@ -179,17 +179,15 @@ def follow(policy: Policy, micro: MultimodalBatch) -> None:
 
     Some classes of transformers leave out what they have in the config of their language model.
     """
-    choices = logit_changes(policy.model.config)
-    own, worst = (policy.scale, policy.cap), {}
-    for choice in choices if len(choices) > 1 else ():
+    own = policy.scale, policy.cap
+    for choice in dict.fromkeys([own, *logit_changes(policy.model.config)]):
         policy.scale, policy.cap = choice
-        worst[choice] = differences(policy, micro).abs().max().item()
-    best = min(worst, key=worst.get, default=own)
-    if best != own and not worst[best] <= tolerance(policy):
-        best = own
-    policy.scale, policy.cap = best
-    if best != own:
-        tqdm.write(f"the server scales logits by {best[0]} and caps them at {best[1]}, as the "
+        if differences(policy, micro).abs().max() <= tolerance(policy):
+            break
+    else:
+        choice = policy.scale, policy.cap = own
+    if choice != own:
+        tqdm.write(f"the server scales logits by {choice[0]} and caps them at {choice[1]}, as the "
                    "model's config says and transformers does not: so does the trainer")
 
 
@@ -368,6 +366,8 @@ def main(words: list[str]) -> int:
         verdict = "; but ".join(["safe to train", *limits])
     except (ValueError, RuntimeError, OSError) as error:
         reason = str(error)
+    except Exception as error:  # of a model's own forward, for example
+        reason = describe(error)
     if safe:
         shutil.rmtree(folder)
     else:

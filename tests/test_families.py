@@ -137,6 +137,21 @@ def test_a_cap_that_a_model_has_in_its_config_alone_is_left_out(checkpoints):
     assert policy.cap is None
 
 
+def test_logits_are_scaled_as_the_server_does_where_transformers_leaves_it_out(checkpoints, capsys):
+    """vLLM divides those of a Granite model, LlavaNextForConditionalGeneration does not."""
+    trainer = make_trainer(str(checkpoints / "granite-vision"))
+    batch = trainer.build_batch(outputs_of(trainer))
+    check.forward(trainer.policy, batch)
+    assert trainer.policy.scale == 1
+    trainer.policy.scale = 1 / 4
+    with torch.no_grad():
+        batch.behavior_logprobs, _ = trainer.policy(batch, share=False)
+    trainer.policy.scale = 1
+    assert check.server(trainer.policy, batch, must_agree=False)["max"] > 0.1
+    assert check.server(trainer.policy, batch, must_agree=True)["max"] < 1e-6
+    assert trainer.policy.scale == 1 / 4 and "scales logits by 0.25" in capsys.readouterr().out
+
+
 def test_logits_that_a_model_changes_in_an_unknown_way_are_refused(checkpoints, monkeypatch):
     trainer = make_trainer(str(checkpoints / "qwen2-vl"))
     forward = trainer.model.forward
