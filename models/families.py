@@ -73,7 +73,7 @@ MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
 SQUARE = {"height": 56, "width": 56}
 HYBRID = dict(
     layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
-    linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=32)
+    linear_num_value_heads=4, linear_key_head_dim=128, linear_value_head_dim=128)
 GRIDS = [[56, 56], [56, 112], [112, 56], [112, 112]]
 
 CHATML = dict(pad_token="<|endoftext|>", turn_token="<|im_start|>", eos_token="<|im_end|>")

@@ -21,6 +21,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 import transformers
@@ -372,8 +373,11 @@ def main(words: list[str]) -> int:
         shutil.rmtree(folder)
     else:
         verdict = f"do NOT train this model: {reason}"
-        if any(os.scandir(folder)):
-            verdict += f" (what the server said is in {folder})"
+        for log in Path(folder).glob("*.log"):
+            error = vllm_process.first_error(log)
+            if error and error not in verdict:
+                verdict += f"; the first error of the server: {error}"
+            verdict += f" (see {log})"
     report({"verdict": verdict})
     return 0 if safe else 1
 

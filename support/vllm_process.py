@@ -118,6 +118,12 @@ def size_of(log: Path) -> int:
     return log.stat().st_size if log.exists() else 0
 
 
+def first_error(log: Path) -> str:
+    """The first error that a process of the server's has logged; "" if there is none."""
+    found = re.search(r"(?m)^.* ERROR .*?\] (\w+Error: .*)$", log.read_text(errors="replace"))
+    return plain(found[1])[:300] if found else ""
+
+
 def last_errors(log: Path, start: int = 0) -> str:
     """The last errors in the log, or its last lines, from there on."""
     text = log.read_bytes()[start:].decode(errors="replace")
