@@ -365,6 +365,9 @@ def main(words: list[str]) -> int:
         safe = not reason
         limits = [f"{images_text(count)}: {why}" for count, why in comparison.refused.items()]
         verdict = "; but ".join(["safe to train", *limits])
+        if not server_is_exact(comparison.policy):
+            verdict += (f", as far as {comparison.policy.server_dtype} tells: differences up to "
+                        f"{tolerance(comparison.policy)} are taken for rounding")
     except (ValueError, RuntimeError, OSError) as error:
         reason = str(error)
     except Exception as error:  # of a model's own forward, for example
