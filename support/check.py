@@ -388,7 +388,7 @@ def main(words: list[str]) -> int:
 def flags_for(model: str) -> dict:
     """The flags of a server that the comparison starts."""
     dtype, length = "float32", 4096
-    if torch.cuda.is_available() or vllm_process.is_hybrid(model):
+    if torch.cuda.is_available() or "linear_attention" in vllm_process.layer_types(model):
         dtype = "bfloat16"  # also on CPUs the kernels of linear attention take nothing else
     with contextlib.suppress(OSError, ValueError):  # load_model says what is wrong with it
         config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)

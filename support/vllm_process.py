@@ -31,8 +31,8 @@ def server_command(config) -> list[str]:
              "enable_scale_out": True}  # the route for token ids, by which later turns go
     if config.server_gpus == 0:
         flags["enable_chunked_prefill"] = False  # with a seed it crashes vLLM 0.32 on CPUs
-        if is_hybrid(config.model):  # whose prefix caching needs that
-            flags["enable_prefix_caching"] = False
+        if any("attention" not in kind or "linear" in kind for kind in layer_types(config.model)):
+            flags["enable_prefix_caching"] = False  # that of states needs chunked prefill
     elif "data_parallel_size" not in config.inference_args:
         flags["tensor_parallel_size"] = config.server_gpus
     flags |= config.inference_args
@@ -57,17 +57,16 @@ def server_command(config) -> list[str]:
     return command
 
 
-def is_hybrid(model: str) -> bool:
-    """Whether some of the layers have a state instead of attention, by the config of the model."""
+def layer_types(model: str) -> list[str]:
+    """What the config of the model calls its layers; [] if it does not say."""
     path = Path(model, "config.json")
     try:
         if not path.exists():
             path = huggingface_hub.try_to_load_from_cache(model, "config.json")
         config = json.loads(Path(path).read_text())
-        kinds = config.get("text_config", config).get("layer_types") or ()
+        return list(config.get("text_config", config).get("layer_types") or ())
     except (OSError, TypeError, ValueError, AttributeError):  # the server says what is wrong
-        return False
-    return any("attention" not in kind or "linear" in kind for kind in kinds)
+        return []
 
 
 def start(config, log: Path) -> subprocess.Popen:

@@ -1,4 +1,5 @@
 """The GPU layouts, as far as they run without one: configs, flags and handshakes of vLLM's own."""
+import json
 import sys
 from types import SimpleNamespace
 
@@ -83,6 +84,16 @@ def test_lengths_may_be_written_as_vllm_reads_them():
     config = MultimodalRLConfig(inference_args={"max_model_len": "32k"})
     command = server_command(config)
     assert command[command.index("--max-model-len") + 1] == "32k"
+
+
+@pytest.mark.parametrize("kinds, caches", [
+    (["full_attention", "sliding_attention"], True), (["linear_attention", "full_attention"], False),
+    (["conv", "full_attention"], False), (None, True)])
+def test_a_server_on_cpus_does_not_cache_the_prefixes_of_hybrids(tmp_path, kinds, caches):
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"layer_types": kinds}}))
+    for gpus in (0, 1):
+        command = server_command(MultimodalRLConfig(model=str(tmp_path), inference_gpus=gpus))
+        assert ("--no-enable-prefix-caching" in command) == (not gpus and not caches)
 
 
 def test_ipc_meets_vllms_own_worker_engine(monkeypatch):
