@@ -245,7 +245,7 @@ class CheckpointSource:
     def __init__(self, model):
         self.model = model
         self.shapes = file_shapes(model)
-        self.all_names = False  # whether tied weights go under each of theirs
+        self.all_names = True  # whether tied weights go under each of theirs; the server knows
         self.weights: dict[str, Tensor] = {}
         self.version = 0  # the step that made the weights
         self.names_and_shapes = None

@@ -68,7 +68,9 @@ def test_a_step_trains_the_vision_tower_and_sharing_changes_nothing(checkpoints,
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_weights_are_sent_under_the_names_of_the_checkpoint_file(checkpoints, name):
-    sent = dict(make_trainer(str(checkpoints / name)).source)
+    source = make_trainer(str(checkpoints / name)).source
+    source.all_names = False
+    sent = dict(source)
     saved = load_file(checkpoints / name / "model.safetensors")
     assert sent.keys() == saved.keys()
     assert all(torch.equal(sent[key], saved[key]) for key in saved)
@@ -95,7 +97,9 @@ def test_a_tied_head_is_sent_if_the_files_have_it(checkpoints, tmp_path):
     assert "lm_head.weight" not in weights
     [head] = [weights[name] for name in weights if name.endswith("embed_tokens.weight")]
     save_file(weights | {"lm_head.weight": head.clone()}, folder / "model.safetensors")
-    assert torch.equal(dict(make_trainer(str(folder)).source)["lm_head.weight"], head)
+    source = make_trainer(str(folder)).source
+    source.all_names = False
+    assert torch.equal(dict(source)["lm_head.weight"], head)
 
 
 def test_weights_that_the_files_do_not_have_are_refused_by_name(checkpoints):
