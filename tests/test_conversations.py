@@ -96,18 +96,15 @@ def test_every_way_to_train_conversations_has_the_same_gradient(server, options)
 
 
 def test_images_of_earlier_turns_are_named_and_sent_again_to_a_server_that_forgot(server):
-    def forgetful(say, completion, answer, number):
-        for turn in range(2):
-            trainer.server.call("reset_mm_cache")
-            say(asking(noise(56, 56, 50 * number + turn)))
-
     def twice(say, completion, answer, number):
         for turn in range(2):
+            if forgetful:
+                trainer.server.call("reset_mm_cache")
             say(asking(noise(56, 56, 50 * number + turn)))
 
     found = {}
-    for play in (twice, forgetful):
-        trainer, sent = talker(server, play=play), []
+    for forgetful in (False, True):
+        trainer, sent = talker(server, play=twice), []
         generator, call = trainer.generator, trainer.generator.call
 
         def counting(route, body=None, method="post"):
@@ -117,14 +114,14 @@ def test_images_of_earlier_turns_are_named_and_sent_again_to_a_server_that_forgo
 
         generator.call = counting
         outputs = generator.collect(generator.begin(0, 4, 1))
-        found[play] = outputs.completion_ids, outputs.completion_logprobs
+        found[forgetful] = outputs.completion_ids, outputs.completion_logprobs
         assert outputs.dropped == []
-        if play is twice:
-            assert sorted(sent) == 4 * [[False, False, True]] + 4 * [[False, True]]
-        else:
+        if forgetful:
             assert [True, True, True] in sent
-    assert found[twice][0] == found[forgetful][0]
-    ours, others = (sum(logprobs, []) for _, logprobs in (found[twice], found[forgetful]))
+        else:
+            assert sorted(sent) == 4 * [[False, False, True]] + 4 * [[False, True]]
+    assert found[False][0] == found[True][0]
+    ours, others = (sum(logprobs, []) for _, logprobs in found.values())
     assert ours == pytest.approx(others, abs=1e-5)
 
 
