@@ -36,7 +36,7 @@ class Policy(torch.nn.Module):
         self.model, self.temperature = model, config.temperature
         self.server_dtype = config.inference_args.get("dtype")
         self.banned = vision_token_ids(model.config)
-        self.scale, self.cap = logit_changes(model.config)[0]
+        vars(self).update(logit_changes(model.config)[0])  # scale and cap
         self.completion_type = 0  # in the token types that a family wants beside the ids
         # In bf16 most of a small update would round to nothing: 0.4 % of the weights moved.
         if any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters()):
@@ -207,8 +207,8 @@ def vision_token_ids(model_config) -> list[int]:
     return sorted(ids)
 
 
-def logit_changes(model_config) -> list[tuple[float, float | None]]:
-    """What a family may do to the logits of its head: (scale, cap) for cap * tanh(scale * x / cap).
+def logit_changes(model_config) -> list[dict]:
+    """What a family may do to the logits of its head, cap * tanh(scale * x / cap), by attributes.
 
     First what its config says, then parts of it: some families leave out what their config holds.
     """
@@ -216,7 +216,8 @@ def logit_changes(model_config) -> list[tuple[float, float | None]]:
     scale = getattr(text, "logit_scale", None) or 1.0
     scale /= getattr(text, "logits_scaling", None) or 1.0
     cap = getattr(text, "final_logit_softcapping", None)
-    return list(dict.fromkeys([(scale, cap), (1.0, cap), (scale, None), (1.0, None)]))
+    pairs = dict.fromkeys([(scale, cap), (1.0, cap), (scale, None), (1.0, None)])
+    return [{"scale": scale, "cap": cap} for scale, cap in pairs]
 
 
 def add_adapters(model, rank: int) -> None:

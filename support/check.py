@@ -21,6 +21,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -73,20 +74,10 @@ def forward(policy: Policy, micro: MultimodalBatch) -> dict[str, float]:
     numbers, if nothing does.
     """
     tolerance = 1e-4 if is_exact(policy) else 0.1
-    found = {}
-    for name, measure, choices in (
-            ("causal", lookahead, [{"completion_type": 0}, {"completion_type": 1}]),
-            ("forward", head_difference, [{"scale": scale, "cap": cap} for scale, cap
-                                          in logit_changes(policy.model.config)])):
-        worst = {}
-        for number, choice in enumerate(choices):
-            vars(policy).update(choice)
-            worst[number] = measure(policy, micro)
-            if worst[number] <= tolerance:
-                break
-        best = min(worst, key=worst.get)
-        vars(policy).update(choices[best])
-        found[name] = worst[best]
+    found = {"causal": fit(policy, [{"completion_type": 0}, {"completion_type": 1}],
+                           lambda: lookahead(policy, micro), tolerance),
+             "forward": fit(policy, logit_changes(policy.model.config),
+                            lambda: head_difference(policy, micro), tolerance)}
     for name, cause in NOT_THE_MODEL.items():
         if not found[name] <= tolerance:  # NaN is not
             error = RuntimeError(f"this model cannot be trained: {cause} ({found[name]:.1e} with "
@@ -94,6 +85,19 @@ def forward(policy: Policy, micro: MultimodalBatch) -> dict[str, float]:
             error.on_all_ranks = True
             raise error
     return found
+
+
+def fit(policy: Policy, choices: list[dict], measure: Callable[[], float], most: float) -> float:
+    """Set the policy to the first choice that measures at most that, else to the best; its measure."""
+    found = []
+    for choice in choices:
+        vars(policy).update(choice)
+        found.append(measure())
+        if found[-1] <= most:
+            return found[-1]
+    best = min(range(len(choices)), key=found.__getitem__)
+    vars(policy).update(choices[best])
+    return found[best]
 
 
 def head_difference(policy: Policy, micro: MultimodalBatch) -> float:
@@ -180,16 +184,14 @@ def follow(policy: Policy, micro: MultimodalBatch) -> None:
 
     Some classes of transformers leave out what they have in the config of their language model.
     """
-    own = policy.scale, policy.cap
-    for choice in dict.fromkeys([own, *logit_changes(policy.model.config)]):
-        policy.scale, policy.cap = choice
-        if differences(policy, micro).abs().max() <= tolerance(policy):
-            break
-    else:
-        choice = policy.scale, policy.cap = own
-    if choice != own:
-        tqdm.write(f"the server scales logits by {choice[0]} and caps them at {choice[1]}, as the "
-                   "model's config says and transformers does not: so does the trainer")
+    own = {"scale": policy.scale, "cap": policy.cap}
+    off = fit(policy, [own, *logit_changes(policy.model.config)],
+              lambda: differences(policy, micro).abs().max().item(), tolerance(policy))
+    if not off <= tolerance(policy):
+        vars(policy).update(own)
+    elif (policy.scale, policy.cap) != tuple(own.values()):
+        tqdm.write(f"the server scales logits by {policy.scale} and caps them at {policy.cap}, as "
+                   "the model's config says and transformers does not: so does the trainer")
 
 
 def make_prompt(num_images: int, rng: random.Random) -> list[dict]:
