@@ -136,7 +136,8 @@ def sharing(policy: Policy, micro: MultimodalBatch) -> None:
     try:
         torch.testing.assert_close(probe(policy, micro, share=True), alone, rtol=tolerance,
                                    atol=tolerance)
-    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:
         policy.can_share = False
         policy.zero_grad()
         reason = " ".join(str(error).split())[:200]
@@ -145,8 +146,9 @@ def sharing(policy: Policy, micro: MultimodalBatch) -> None:
 
 def probe(policy: Policy, micro: MultimodalBatch, share: bool) -> tuple[torch.Tensor, float]:
     """The (b, L) logprobs of a micro-batch, and the norm of the gradient of their sum."""
-    logprobs, _ = policy(micro, share)
-    logprobs.sum().backward()
+    with policy.shared_prompts(micro) if share else contextlib.nullcontext() as prompts:
+        logprobs, _ = policy(micro, share, prompts)
+        logprobs.sum().backward()
     norm = policy.clip_gradients(math.inf)
     policy.zero_grad()
     return logprobs.detach(), norm

@@ -533,11 +533,11 @@ def test_a_fork_without_a_beginning_or_a_row_is_refused():
     one_prompt = MultimodalBatch(**tensors(prompt_index=torch.tensor([0, 0]),
                                            loss_mask=torch.tensor([[0, 0, 0, 0], [0, 0, 1, 0]])))
     with pytest.raises(ValueError, match="loss_mask: a row without a token in the loss"):
-        one_prompt.fork()
+        one_prompt.completion_inputs()
     gap = MultimodalBatch(**tensors(prompt_index=torch.tensor([0, 2])))
     with pytest.raises(ValueError, match="prompt_index: a prompt has no row"):
-        gap.fork()
-    assert gap.select([0, 1]).fork().prompts["input_ids"].tolist() == [[5, 6], [5, 6]]
+        gap.prompt_inputs()
+    assert gap.select([0, 1]).prompt_inputs()["input_ids"].tolist() == [[5, 6], [5, 6]]
 
 
 class GridAlone(MultimodalAdapter):
