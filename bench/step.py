@@ -1,6 +1,7 @@
 """Seconds and memory of one optimizer step, against TRL's on the same rollouts.
 
-    python bench/step.py [short long8 long16 text micro checkpointed head] [--rounds 3] [--trl-python PATH]
+    python bench/step.py [short long8 long16 text micro checkpointed
+                          head head-1k head-wide head-wide-1k] [--rounds 3] [--trl-python PATH]
                          [--device cuda] [--model 2b]
 
 Canned rollouts, no server: random images, completions and weights. Timed is all from rollouts to
@@ -62,7 +63,10 @@ WORKLOADS = {
     "text": Workload(4, 8, 128, prompt_tokens=64, image=False),
     "micro": Workload(1, 32, 32, sides=("micro64", "micro4")),
     "checkpointed": Workload(1, 16, 64, sides=("shared", "saving", "saving-rows")),
-    "head": Workload(0, 0, 0, sides=("chunked", "plain")),  # see run_head
+}
+HEADS = {  # (tokens N, hidden size H), see run_head
+    "head": (4096, 256), "head-1k": (1024, 256),
+    "head-wide": (4096, 1536), "head-wide-1k": (1024, 1536),
 }
 OURS = {  # the sides that are this trainer, and their options
     "shared": {"share_prompt": True},
@@ -210,11 +214,11 @@ def run_trl(rollouts: list, workload: Workload, side: str, model, adapter, steps
     return seconds, [entry["grad_norm"] for entry in trainer.state.log_history[:steps]]
 
 
-def run_head(side: str, size: str, device: str) -> dict:
-    """Forward and backward of the head on 4,096 tokens, vocabulary 151,936; fp32 weights."""
+def run_head(side: str, tokens: int, width: int, device: str) -> dict:
+    """Forward and backward of the head alone, vocabulary 151,936; fp32 weights."""
     from loss import token_logprobs
     torch.manual_seed(0)
-    tokens, width, vocabulary = 4096, MODELS[size]["text"]["hidden_size"], 151_936
+    vocabulary = 151_936
     head = torch.nn.Linear(width, vocabulary, bias=False, device=device)
     hidden = torch.randn(tokens, width, device=device, requires_grad=True)
     targets = torch.randint(vocabulary, (tokens,), device=device)
@@ -258,8 +262,8 @@ def peak_gb(device: str) -> float:
 def child(args) -> dict:
     """One turn of one side."""
     name, side = args.workloads[0], args.child
-    if name == "head":
-        return run_head(side, args.model, args.device)
+    if name in HEADS:
+        return run_head(side, *HEADS[name], args.device)
     from transformers import AutoProcessor
 
     from adapter import MultimodalAdapter
@@ -304,7 +308,7 @@ def table(lines: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workloads", nargs="*", choices=["all", *WORKLOADS],
+    parser.add_argument("workloads", nargs="*", choices=["all", *WORKLOADS, *HEADS],
                         default="all")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every side")
     parser.add_argument("--steps", type=int, default=2, help="timed ones per turn, after one more")
@@ -318,10 +322,12 @@ def main() -> None:
         print(json.dumps(child(args)))
         return
     trl = subprocess.run([args.trl_python, "-c", "import trl"], capture_output=True)
+    sides = {name: workload.sides for name, workload in WORKLOADS.items()}
+    sides |= dict.fromkeys(HEADS, ("chunked", "plain"))
     lines = []
     RAW.parent.mkdir(exist_ok=True)
-    for name in WORKLOADS if "all" in args.workloads else args.workloads:
-        for side in WORKLOADS[name].sides * args.rounds:
+    for name in sides if "all" in args.workloads else args.workloads:
+        for side in sides[name] * args.rounds:
             if side == "trl" and trl.returncode:
                 continue
             busy = os.getloadavg()[0]  # of other work, or of the turn before
