@@ -34,6 +34,8 @@ def final(text: str) -> str:
     >>> final("<think>A?</think> It is \\\\boxed{\\\\frac{1}{2}}."), final("<answer> B </answer>")
     ('\\\\frac{1}{2}', 'B')
     """
+    if not isinstance(text, str):
+        raise ValueError(f"{text!r:.80} is not a text")
     text = text.rpartition("</think>")[2]
     tagged = TAG.findall(text)
     if tagged:

@@ -123,8 +123,8 @@ class Rows(Sequence):
         raw = table.rows[number]
         with named(f"{where}, column `{names.question}`"):
             messages, said = conversation(raw.get(names.question))
-            if column(raw, "videos"):
-                raise ValueError("the row has a column `videos`, which the model is not shown")
+        if column(raw, "videos"):
+            raise ValueError(f"{where}, column `videos`: videos are not shown to the model")
         with named(f"{where}, template"):
             before, after = [fill(text, raw, names) for text in (self.before, self.after)]
         messages[-1]["content"] = around(messages[-1]["content"], before, after)

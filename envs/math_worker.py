@@ -50,8 +50,9 @@ def start() -> subprocess.Popen:
     if importlib.util.find_spec("math_verify") is None:
         raise ValueError("the reward 'math' needs the package math-verify: "
                          "pip install math-verify")
-    worker = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, text=True, start_new_session=True)
+    worker = subprocess.Popen([sys.executable, __file__, str(SECONDS)],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                              start_new_session=True)
     if worker.stdout.readline() != "ready\n":
         raise RuntimeError(f"{__file__} does not start: exit code {worker.wait()}")
     return worker
@@ -68,7 +69,7 @@ def main() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever it is doing
     print("ready", flush=True)
     for line in sys.stdin:
-        signal.alarm(SECONDS)
+        signal.alarm(int(sys.argv[1]))
         answer, completion = json.loads(line)
         wanted = parse(f"${answer}$", parsing_timeout=None)
         found = None

@@ -5,13 +5,14 @@ loads (an id of the hub, a folder of another form) needs the package datasets. V
 file, and the line or row in it.
 """
 import bisect
+import contextlib
 import importlib
 import itertools
 import json
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,11 +60,15 @@ def read(source: str, split: str, subset: str = "") -> list[Table]:
     elif may_be_of_the_hub(source):
         tables = [load_dataset(source, split, subset)]
     else:
-        raise ValueError(f"there is no file or folder {source!r}, seen from {os.getcwd()}")
+        raise ValueError(f"there is no file or folder {source!r}{seen_from_here()}")
     for table in tables:
         if not len(table.rows):
             raise ValueError(f"{table.name} has no rows")
     return tables
+
+
+def seen_from_here() -> str:
+    return f", seen from {os.getcwd()}"
 
 
 def may_be_of_the_hub(source: str) -> bool:
@@ -86,10 +91,8 @@ def read_folder(path: Path, split: str, subset: str) -> list[Table]:
 
     Words of their paths say which split files are of; if none does, all are of the split "train".
     """
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return [load_dataset(str(path), split, subset)]  # save_to_disk wrote it
     files = sorted(file for suffix in (".jsonl", ".parquet") for file in path.rglob(f"*{suffix}"))
-    if not files:
+    if not files or was_saved(path):
         return [load_dataset(str(path), split, subset)]
     words = {file: set(re.split(r"[\W_]+", str(file.relative_to(path)))) for file in files}
     splits = set().union(*words.values()) & SPLITS or {"train"}
@@ -140,19 +143,17 @@ def as_row(row, where: str) -> dict:
 # ---- parquet and the package datasets
 
 def read_parquet(path: Path) -> Table:
-    pyarrow = package("pyarrow.parquet", str(path))
-    try:
-        return Table(str(path), Parquet(path, pyarrow), path.parent)
-    except pyarrow.lib.ArrowException as error:
-        raise ValueError(f"{path} is no whole parquet file: {error}") from error
+    parquet = package("pyarrow.parquet", f"{path} is a parquet file")
+    return Table(str(path), Parquet(path, parquet.ParquetFile), path.parent)
 
 
 class Parquet(Sequence):
     """Rows of a parquet file. One row group is in memory, that of the row that was read last."""
 
-    def __init__(self, path: Path, pyarrow):
-        self.path, self.pyarrow = path, pyarrow
-        metadata = pyarrow.ParquetFile(path).metadata
+    def __init__(self, path: Path, opened: Callable):
+        self.path, self.opened = path, opened
+        with self.whole():
+            metadata = opened(path).metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self.starts = list(itertools.accumulate(sizes, initial=0))
         self.lock = threading.Lock()  # rows are read by many threads
@@ -165,12 +166,20 @@ class Parquet(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         group = bisect.bisect_right(self.starts, index) - 1
-        with self.lock:
+        with self.lock, self.whole():
             if self.group != group:
-                self.table = self.pyarrow.ParquetFile(self.path).read_row_group(group)
+                self.table = self.opened(self.path).read_row_group(group)
                 self.group = group
             table = self.table
         return table.slice(index - self.starts[group], 1).to_pylist()[0]
+
+    @contextlib.contextmanager
+    def whole(self):
+        """What fails in here fails because of the file."""
+        try:
+            yield
+        except Exception as error:  # of any of pyarrow's types
+            raise ValueError(f"{self.path} is no whole parquet file: {describe(error)}") from error
 
 
 class Loaded(Sequence):
@@ -186,16 +195,22 @@ class Loaded(Sequence):
         return self.dataset[index].to_pylist()[0]
 
 
+def was_saved(path: Path) -> bool:
+    """Whether it is a folder that datasets' save_to_disk wrote."""
+    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+
+
 def load_dataset(source: str, split: str, subset: str) -> Table:
-    """What datasets.load_dataset, or load_from_disk, makes of an id or folder."""
-    datasets = package("datasets", source)
+    """What the package datasets makes of an id or folder."""
+    if os.path.isdir(source):
+        datasets = package("datasets", f"{source} is a folder without .jsonl and .parquet files")
+    else:
+        datasets = package("datasets", f"{source!r} is no file or folder{seen_from_here()}")
     try:
-        if os.path.isdir(source) and not subset:
-            try:
-                dataset = datasets.load_from_disk(source)
-                dataset = dataset[split] if isinstance(dataset, dict) else dataset
-            except FileNotFoundError:  # save_to_disk did not write it
-                dataset = datasets.load_dataset(source, split=split)
+        if was_saved(Path(source)):
+            dataset = datasets.load_from_disk(source)
+            if isinstance(dataset, dict):
+                dataset = dataset[split]
         else:
             dataset = datasets.load_dataset(source, subset or None, split=split)
     except Exception as error:  # networks, scripts and caches fail in any way
@@ -203,13 +218,13 @@ def load_dataset(source: str, split: str, subset: str) -> Table:
     return Table(f"{source}:{split}", Loaded(dataset), Path(source))
 
 
-def package(name: str, source: str):
+def package(name: str, why: str):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        wanted = name.partition(".")[0]
-        raise ValueError(f"{source}: there is no such file, or it needs the package {wanted}: "
-                         f"pip install {wanted}") from error
+        package_name = name.partition(".")[0]
+        raise ValueError(f"{why}, for which the package {package_name} is needed: "
+                         f"pip install {package_name}") from error
 
 
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
