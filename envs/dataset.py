@@ -279,7 +279,7 @@ def located(source, folder: Path):
     if isinstance(source, (bytes, Image.Image)):
         return source
     if not isinstance(source, str):
-        raise ValueError(f"a {type(source).__name__} is no image")
+        raise ValueError(f"{source!r:.80} is no image")
     if source.startswith("data:") or "://" in source:
         return source
     if source.startswith(BASE64):

@@ -5,7 +5,6 @@ test_verifiers.py; without a registry of packages it is skipped. The metrics of 
 to the file that DATASET_RESULTS names, if it does, and then every form is trained.
 """
 import base64
-import dataclasses
 import io
 import json
 import os
@@ -16,11 +15,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from conftest import ROOT, TINY, noise
+from conftest import ROOT, noise
 from envs import answers
 from rollout import load_environment
 from support import check
-from support.config import load_config
 from support.prompts import row_prompt
 from test_faults import command
 from test_verifiers import environment, install
@@ -170,8 +168,8 @@ BROKEN = {  # name -> (the second of two rows, args, what is said)
     "a row that is a list": ([1], {}, "line 2: a row must be an object, not \\[1\\]"),
     "no image file": ({**ROW, "images": ["c.png"]}, {}, "line 2, column `images`, image 0: there is"),
     "a folder as image": ({**ROW, "images": ["pictures"]}, {}, "column `images`, image 0: there is"),
-    "a number as image": ({**ROW, "images": [3]}, {}, "column `images`, image 0: a int is no image"),
-    "pixels in a list": ({**ROW, "images": [[[0, 0, 0]]]}, {}, "image 0: a list is no image"),
+    "a number as image": ({**ROW, "images": [3]}, {}, "column `images`, image 0: 3 is no image"),
+    "pixels in a list": ({**ROW, "images": [[[0, 0, 0]]]}, {}, r"image 0: \[.* is no image"),
     "a dict without an image": ({**ROW, "images": [{"file": A}]}, {}, "image 0: it has none of url"),
     "more places than images": ({**ROW, "problem": "<image><image>?"}, {},
                                 "line 2, column `problem`: .* image number 2"),
@@ -393,3 +391,114 @@ def test_what_the_model_reads_as_an_image_is_found_in_any_row(tmp_path, capsys, 
     assert ended.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {path}, line 8, column `problem`: message 0 quotes")
+
+
+# ---- what needs further packages, and training
+
+def python() -> str:
+    """One that has pyarrow, datasets and math-verify."""
+    found = environment("5.2.0", "datasets")
+    if subprocess.run([found, "-c", "import math_verify"], stderr=subprocess.DEVNULL).returncode:
+        install(found, "math-verify[antlr4_13_2]==0.9.0")
+    return found
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """What dataset_cases.py found, by case."""
+    folder = tmp_path_factory.mktemp("sets") / "forms"
+    done = subprocess.run([python(), "tests/dataset_cases.py", folder], cwd=ROOT, check=True,
+                          text=True, stdout=subprocess.PIPE, timeout=300)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    return {line["case"]: line for line in lines}
+
+
+FORMS = {"jsonl, LLaVA": 0, "json, messages": 0, "folder of images, metadata.jsonl": 0,
+         "parquet, Geometry3K": 0, "folder of parquet, splits": 8,
+         "load_dataset, image/question/answer": 0, "save_to_disk, prompt of messages": 8}
+
+
+def test_every_form_gives_the_same_rows(cases):
+    """Pixels, questions and answers are those that were written, in their order."""
+    assert cases["forms"]["found"].keys() == FORMS.keys()
+    for form, held_out in FORMS.items():
+        assert cases[form]["found"] == [[True, True, True]] * 8, form
+        assert cases[form]["eval"] == held_out
+
+
+def test_broken_parquet_is_one_line_with_file_row_and_column(cases):
+    wanted = {
+        "a parquet file that is cut": "cut.parquet is no whole parquet file: ArrowInvalid",
+        "a parquet file of other bytes": "changed-bytes.parquet is no whole parquet file: ",
+        "a broken image": "row 3 (from 0), column `images`, image 0: cannot read image",
+        "a place too many": "row 3 (from 0), column `problem`: message 0, part 0: cannot read",
+        "no answer": "row 4 (from 0), column `answer`: there is no answer",
+        "numbers as images": "row 0 (from 0), column `images`, image 0: 0 is no image (and 7 more",
+        "a split that is not there": "saved, split 'validation': KeyError: 'validation'",
+        "a file that is none": "there is no file or folder"}
+    found = cases["broken"]["found"]
+    assert found.keys() == wanted.keys()
+    for name, words in wanted.items():
+        assert words in found[name] and "\n" not in found[name], name
+
+
+def test_math_is_compared_as_math_and_what_never_ends_is_not_right(cases):
+    found = cases["math"]["found"]
+    assert found["2 \\sqrt { 221 }"] == [1, 1, 0]
+    assert found["\\frac { 3 } { 5 }"] == [1, 1, 0, 0] and found["36"] == [1, 1, 0, 0]
+    assert found["endless"] == 0 and 1.5 < found["seconds"] < 30 and found["afterwards"] == 1
+    assert "nothing that math-verify can read" in found["unreadable"]
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    for name in ("pyarrow.parquet", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "a.parquet").touch()
+    (tmp_path / "folder").mkdir()
+    for source, wanted in (("a.parquet", "is a parquet file, for which the package pyarrow is need"),
+                           ("folder", "is a folder without .jsonl and .parquet files, for which")):
+        assert wanted in said(lambda: load(str(tmp_path / source)))
+    assert "'someone/name' is no file or folder, seen from" in said(lambda: load("someone/name"))
+
+
+def train(server, folder: Path, config: str, form: str, options: dict) -> list[dict]:
+    """The metrics of two steps of `python train.py`."""
+    words = command(server, run_name="own-data", output_dir=folder, max_steps=2, async_steps=0,
+                    batch_size=32, rollouts_per_step=4, **options)
+    words[3] = str(ROOT / config)
+    subprocess.run([python(), *words[1:]], cwd=ROOT, check=True, timeout=300,
+                   env=os.environ | {"PYTHONPATH": str(ROOT / "tests")})
+    lines = (folder / "own-data" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    if "DATASET_RESULTS" in os.environ:
+        with open(os.environ["DATASET_RESULTS"], "a") as file:
+            file.writelines(json.dumps({"form": form, "config": config, **step}) + "\n"
+                            for step in steps)
+    return [step for step in steps if "loss" in step]
+
+
+@pytest.mark.parametrize("form", FORMS if "DATASET_RESULTS" in os.environ else ["jsonl, LLaVA"])
+def test_data_of_ones_own_is_trained_on(server, cases, tmp_path, form):
+    options = {f"env.args.{name}": value for name, value in cases["forms"]["found"][form].items()}
+    steps = train(server, tmp_path, "config.toml", form, {
+        "env.id": "dataset", "eval_every_steps": 0,
+        "env.args.template": "{question} Answer with one word.", **options})
+    assert [step["step"] for step in steps] == [1, 2]
+    for step in steps:
+        assert step["dropped"] == 0 and step["kl"] < 1e-6
+        assert 0 < step["reward"] == step["reward/exact"] < 1 and step["grad_norm"] > 0
+
+
+def test_the_config_for_geometry3k_trains_on_its_schema(server, cases, tmp_path):
+    """Its hub's folder of parquet, its template and reward; the model is the tiny one."""
+    folder = cases["forms"]["found"]["folder of parquet, splits"]["train"]
+    steps = train(server, tmp_path, "configs/geometry3k-qwen2.5-vl-7b.toml", "Geometry3K's folder", {
+        "env.args.train": folder, "env.args.eval": f"{folder}:test", "env.args.num_eval": 4,
+        "env.args.reward": '["math", "dataset_cases:brevity"]', "max_tokens": 8,
+        "inference.args.max_model_len": 512, "inference.args.data_parallel_size": 1,
+        "inference.gpus": 0, "trainer.gpus": 0, "eval_every_steps": 1, "save_every_steps": 0,
+        "inference.args.enforce_eager": "true", "inference.args.dtype": "float32"})
+    assert [step["step"] for step in steps] == [1, 2]
+    for step in steps:
+        assert step["dropped"] == 0 and step["kl"] < 1e-6 and step["grad_norm"] > 0
+        assert step["reward"] == pytest.approx(step["reward/math"] + step["reward/brevity"])
