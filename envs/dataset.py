@@ -22,34 +22,31 @@ is there, or given as args:
 
 <image> in a text is the place of the next image. A place without an image, or an image without a
 place, is an error, but for one case: images of a row without any place stand before the text of the
-first message of the user. `template` is put around the text of the last message; {column} in it
-is what stands there, a list as lines that begin with A., B., ...
+first message of the user. Beside such rows one that has no image at all is an error, too.
+
+`template` is put around the text of the last message; {column} in it is what stands there, a list
+as lines that begin with A., B., ...
 
 Rewards are given the text of the completion, the answer, and as further info all other columns but
 the images, and "prompt". All rows are checked before anything is trained, but for the inside of
 their images: ValueError names file, row and column.
 """
 import contextlib
-import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-from PIL import Image
 
 from envs import answers
+from envs.row_parts import (around, as_text, checked_answer, conversation, fill, has_place,
+                            image_parts, located, show_first)
 from envs.tables import Table, read
 from rollout import Environment
-from support.images import first_value, load_image
-from support.prompts import MARKER, clean_prompt, column, is_source
+from support.images import load_image
+from support.prompts import MARKER, clean_prompt, column
 from support.rewards import scores
 from support.text import describe
 
 NAMES = {"question": ("question", "problem", "prompt", "messages", "conversations"),
          "images": ("images", "image", "file_name"), "answer": ("answer", "solution")}
-SPEAKERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's words for roles
-BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # so PNG, JPEG, GIF and WEBP begin
 QUESTION = "{question}"
 
 
@@ -107,7 +104,7 @@ class Rows(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         row = self.row(index)
-        for part, place in image_parts(row, self.place(index)):
+        for part, place in image_parts(row["prompt"], row["at"]["images"]):
             with named(place):
                 part["image"] = load_image(part["image"])
         return {name: row[name] for name in ("prompt", "answer", "info")}
@@ -119,48 +116,54 @@ class Rows(Sequence):
     def row(self, index: int, reserved: Sequence[str] = ()) -> dict:
         """The row with the sources of its images, which are not opened."""
         table, number = self.places[index]
-        names, where = self.columns[table.name], table.where(number)
-        raw = table.rows[number]
-        with named(f"{where}, column `{names.question}`"):
-            messages, said = conversation(raw.get(names.question))
+        raw, names, where = table.rows[number], self.columns[table.name], table.where(number)
+        at = {kind: f"{where}, column `{getattr(names, kind)}`" for kind in NAMES}
+        if not names.answer:  # the last message is the answer
+            at["answer"] = at["question"]
+        images = column(raw, names.images)
+        if not images:  # the messages may have some
+            at["images"] = at["question"]
         if column(raw, "videos"):
             raise ValueError(f"{where}, column `videos`: videos are not shown to the model")
+        with named(at["question"]):
+            messages, said = conversation(raw.get(names.question))
         with named(f"{where}, template"):
-            before, after = [fill(text, raw, names) for text in (self.before, self.after)]
-        messages[-1]["content"] = around(messages[-1]["content"], before, after)
+            before, after = [fill(text, raw, hidden=(names.answer, names.images))
+                             for text in (self.before, self.after)]
+        question = messages[-1]
+        question["content"] = around(question["content"], before, after)
+        asked = question["content"] if isinstance(raw[names.question], str) else messages
         if self.system and messages[0].get("role") != "system":
             messages.insert(0, {"role": "system", "content": self.system})
-        images = column(raw, names.images)
-        if images and not any(has_place(message) for message in messages):
+        has_places = any(has_place(message) for message in messages)
+        if images and not has_places:
             show_first(messages, len(images))
-        with named(f"{where}, column `{names.question}`"):
+        with named(at["question"]):
             prompt = clean_prompt(messages, images, reserved)
-        row = {"prompt": prompt, "images": names.images if images else names.question,
-               "answer_column": names.answer or names.question}
-        for part, place in image_parts(row, where):
+        for part, place in image_parts(prompt, at["images"]):
             with named(place):
                 part["image"] = located(part.pop(part["type"]), table.folder)
                 part["type"] = "image"
-        with named(f"{where}, column `{row['answer_column']}`"):
-            row["answer"] = checked_answer(raw.get(names.answer) if names.answer else said)
-        hidden = {names.images, "answer", "completion"}
-        row["info"] = {name: entry for name, entry in raw.items() if name not in hidden}
-        is_text = isinstance(raw[names.question], str)
-        row["info"]["prompt"] = before + raw[names.question] + after if is_text else messages
-        return row
+        with named(at["answer"]):
+            answer = checked_answer(raw.get(names.answer) if names.answer else said)
+        others = {name: entry for name, entry in raw.items()
+                  if name not in (names.images, "answer", "completion")}
+        return {"prompt": prompt, "answer": answer, "info": {**others, "prompt": asked},
+                "at": at, "has_places": has_places}
 
     def check(self, rewards: Sequence = (), reserved: Sequence[str] = ()) -> None:
-        """ValueError names the first bad row, and says how many more there are.
+        """ValueError names the first bad row, and says how many there are.
 
         With the reserved strings of a model, texts that quote them are bad, too; and so is an
         answer that is not worth 1 to each of the rewards.
         """
-        errors, shown = [], 0
+        errors, kinds = [], {}  # whether rows have images, and places for them: where one is
         for index in range(len(self)):
             try:
                 row = self.row(index, reserved)
-                shown += len(image_parts(row, ""))
-                with named(f"{self.place(index)}, column `{row['answer_column']}`"):
+                has_images = bool(image_parts(row["prompt"], ""))
+                kinds.setdefault((has_images, row["has_places"]), row["at"]["question"])
+                with named(row["at"]["answer"]):
                     for reward in rewards:
                         if reward(as_text(row["answer"]), row["answer"]) != 1:
                             raise ValueError(f"{row['answer']!r:.80} is no answer for the reward "
@@ -168,129 +171,22 @@ class Rows(Sequence):
             except ValueError as error:
                 errors.append(error)
         if errors:
-            more = f" (and {len(errors) - 1} more rows are bad)" if errors[1:] else ""
-            raise ValueError(f"{errors[0]}{more}") from errors[0]
+            count = f" (bad rows: {len(errors)})" if errors[1:] else ""
+            raise ValueError(f"{errors[0]}{count}") from errors[0]
+        self.check_images(kinds)
+
+    def check_images(self, kinds: dict[tuple[bool, bool], str]) -> None:
+        """ValueError if a question may be about an image that is not there."""
+        if (False, False) in kinds and (True, False) in kinds:
+            raise ValueError(f"{kinds[False, False]}: the row has no image. Others have one "
+                             f"without {MARKER} in a text, so that this one may lack its own")
+        shown = any(has_images for has_images, _ in kinds)
         if self.places and not shown and not self.text_alone:
             table, _ = self.places[0]
             raise ValueError(f"no row of {table.name} shows an image; its columns are "
                              f'{", ".join(table.columns())}: say images = "...", or images = "" if '
                              "it is text alone")
 
-
-# ---- the parts of a row
-
-def conversation(question) -> tuple[list[dict], str | None]:
-    """(chat messages up to the last one of the user, what the assistant says after it).
-
-    Of a text, chat messages, or ShareGPT's {"from", "value"}.
-    """
-    if isinstance(question, str):
-        question = [{"role": "user", "content": question}]
-    if not isinstance(question, list) or not question:
-        raise ValueError(f"{question!r:.80} is no text, and no list of messages")
-    messages, said = [], None
-    for message in question:
-        if not isinstance(message, Mapping):
-            raise ValueError(f"{message!r:.80} is no message")
-        if message.get("from") is not None:
-            role = SPEAKERS.get(message["from"], message["from"])
-            message = {"role": role, "content": message.get("value")}
-        messages.append(dict(message))
-    if messages[-1].get("role") == "assistant":
-        said = joined(messages.pop())
-    if not messages or messages[-1].get("role") != "user":
-        raise ValueError("the last message, before an answer, must be one of the user")
-    if not joined(messages[-1]).replace(MARKER, "").strip():
-        raise ValueError("the question is empty")
-    return messages, said
-
-
-def parts_of(message: dict) -> list:
-    content = message.get("content")
-    return content if isinstance(content, list) else [content]
-
-
-def joined(message: dict) -> str:
-    """The texts of a message."""
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts_of(message)]
-    return "".join(text for text in texts if isinstance(text, str))
-
-
-def has_place(message: dict) -> bool:
-    """Whether an image belongs somewhere in a message, or is there."""
-    return MARKER in joined(message) or any(
-        isinstance(part, Mapping) and part.get("text") is None for part in parts_of(message))
-
-
-def show_first(messages: list[dict], count: int) -> None:
-    """Put places for so many images before the text of the first message of the user."""
-    first = next(message for message in messages if message.get("role") == "user")
-    first["content"] = [{"type": "image"}] * count + parts_of(first)
-
-
-def around(content, before: str, after: str):
-    """The content of a message between two texts."""
-    if isinstance(content, str):
-        return before + content + after
-    texts = [[{"type": "text", "text": text}] if text else [] for text in (before, after)]
-    return texts[0] + list(content) + texts[1]
-
-
-def fill(template: str, row: Mapping, names: Columns) -> str:
-    """A part of the template, with the columns that it names."""
-    def column_text(match: re.Match) -> str:
-        name = match[1]
-        if name not in row or name in (names.answer, names.images):
-            raise ValueError(f"{{{name}}} must name a column of the row that is not the answer")
-        if isinstance(row[name], list):
-            lettered = zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", row[name])
-            return "\n".join(f"{letter}. {as_text(entry)}" for letter, entry in lettered)
-        return as_text(row[name])
-
-    return re.sub(r"\{(\w+)\}", column_text, template)
-
-
-def as_text(value) -> str:
-    """A text as it is, all else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def checked_answer(answer):
-    """A text; lists and tables, for JSON and rewards of one's own, stay as they are."""
-    if not is_source(answer) or isinstance(answer, str) and not answer.strip():
-        raise ValueError("there is no answer")
-    return answer if isinstance(answer, (list, Mapping)) else as_text(answer)
-
-
-def image_parts(row: dict, where: str) -> list[tuple[dict, str]]:
-    """(each image part of a row, its place for messages)."""
-    found = []
-    for message in row["prompt"]:
-        for part in parts_of(message):
-            if isinstance(part, Mapping) and part["type"] != "text":
-                found.append((part, f"{where}, column `{row['images']}`, image {len(found)}"))
-    return found
-
-
-def located(source, folder: Path):
-    """An image as load_image takes it; ValueError if it is none, or its file is not there."""
-    if isinstance(source, Mapping):
-        source = first_value(source, ("url", "bytes", "path"))
-    if isinstance(source, (bytes, Image.Image)):
-        return source
-    if not isinstance(source, str):
-        raise ValueError(f"{source!r:.80} is no image")
-    if source.startswith("data:") or "://" in source:
-        return source
-    if source.startswith(BASE64):
-        return f"data:;base64,{source}"
-    path = folder / Path(source).expanduser()
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    return str(path)
-
-
-# ---- the environment
 
 def load_environment(train: str, eval: str = "", images: str | None = None,
                      question: str | None = None, answer: str | None = None,

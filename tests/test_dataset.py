@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from conftest import ROOT, noise
+from conftest import ROOT, free_port, noise
 from envs import answers
 from rollout import load_environment
 from support import check
@@ -116,7 +116,8 @@ def test_columns_of_each_convention_are_understood(tmp_path, name):
 
 @pytest.mark.parametrize("source", [
     "data:image/png;base64," + base64.b64encode(png(PICTURES[0])).decode(),
-    base64.b64encode(png(PICTURES[0])).decode(), {"path": A, "bytes": None}, [{"url": A}], [A, None]])
+    base64.b64encode(png(PICTURES[0])).decode(), {"path": A, "bytes": None}, [{"url": A}],
+    [A, None]])
 def test_an_image_in_any_form_is_seen(tmp_path, source):
     train = load(write(tmp_path, [{"image": source, "question": "How many?", "answer": 3}])).train
     assert shown(train[0]) == PLAIN
@@ -138,7 +139,7 @@ def test_files_of_json_and_folders_with_splits(tmp_path):
         assert shown(load(str(tmp_path / name)).train[0]) == PLAIN
     write(tmp_path / "plain", [row], "mine.jsonl")
     assert len(load(str(tmp_path / "plain")).train) == 1
-    with pytest.raises(ValueError, match="no .jsonl or .parquet file of the split 'test', but of tr"):
+    with pytest.raises(ValueError, match="no .jsonl or .parquet file of the split 'test', but"):
         load(str(tmp_path / "plain"), eval=str(tmp_path / "plain"))
 
 
@@ -148,7 +149,7 @@ def test_rows_of_the_file_stay_as_they_are_and_images_are_opened_late(tmp_path):
     before = repr([table.rows for table, _ in train.places])
     (tmp_path / B).write_text("no image")
     assert len(shown(train[0])) == 4
-    with pytest.raises(ValueError, match=r"train.jsonl, line 2, column `image`, image 0: cannot rea"):
+    with pytest.raises(ValueError, match=r"train.jsonl, line 2, column `image`, image 0: cannot"):
         train[1]
     assert repr([table.rows for table, _ in train.places]) == before
 
@@ -166,11 +167,11 @@ USER = {"role": "user", "content": "<image>How many?"}
 BROKEN = {  # name -> (the second of two rows, args, what is said)
     "an unreadable line": ('{"images": ["a.png"', {}, "line 2: it is no JSON"),
     "a row that is a list": ([1], {}, "line 2: a row must be an object, not \\[1\\]"),
-    "no image file": ({**ROW, "images": ["c.png"]}, {}, "line 2, column `images`, image 0: there is"),
-    "a folder as image": ({**ROW, "images": ["pictures"]}, {}, "column `images`, image 0: there is"),
+    "no image file": ({**ROW, "images": ["c.png"]}, {}, "line 2, column `images`, image 0: there"),
+    "a folder as image": ({**ROW, "images": ["pictures"]}, {}, "column `images`, image 0: there"),
     "a number as image": ({**ROW, "images": [3]}, {}, "column `images`, image 0: 3 is no image"),
     "pixels in a list": ({**ROW, "images": [[[0, 0, 0]]]}, {}, r"image 0: \[.* is no image"),
-    "a dict without an image": ({**ROW, "images": [{"file": A}]}, {}, "image 0: it has none of url"),
+    "a dict without an image": ({**ROW, "images": [{"file": A}]}, {}, "image 0: it has none of"),
     "more places than images": ({**ROW, "problem": "<image><image>?"}, {},
                                 "line 2, column `problem`: .* image number 2"),
     "places and no image": ({**ROW, "images": None}, {}, "column `problem`: .* image number 1"),
@@ -193,15 +194,15 @@ BROKEN = {  # name -> (the second of two rows, args, what is said)
     "a template with the answer": (ROW, {"template": "{question} \\boxed{answer}"},
                                    "{answer} must name a column .* not the answer"),
     "a template without a question": (ROW, {"template": "Look"}, "must hold {question} once"),
-    "an unknown reward": (ROW, {"reward": "exakt"}, "reward 'exakt' is none of exact, number, choi"),
+    "an unknown reward": (ROW, {"reward": "exakt"}, "reward 'exakt' is none of exact, num"),
     "a reward of no module": (ROW, {"reward": "no_such:f"}, "No module named 'no_such'"),
-    "no function": (ROW, {"reward": "own_rewards:f"}, "'own_rewards:f' cannot be imported: Attribu"),
+    "no function": (ROW, {"reward": "own_rewards:f"}, "'own_rewards:f' cannot be imported: "),
     "a reward that fails": (ROW, {"reward": "own_rewards:fails"},
                             "line 1: a reward .fails. fails .* KeyError: 'board'"),
     "a reward that is none": (ROW, {"reward": "own_rewards:none"}, "line 1: a reward .none. fails"),
     "a reward of two": (ROW, {"reward": "own_rewards:two"}, "returned 2 rewards for 1 completion"),
-    "a given column": (ROW, {"images": "pics"}, "has no column 'pics', but images, problem, answer"),
-    "a given column of questions": (ROW, {"question": "pics"}, "has no column 'pics', but images"),
+    "a given column": (ROW, {"images": "pics"}, "has no column 'pics', but images, p"),
+    "a given column of questions": (ROW, {"question": "pics"}, "has no column 'pics', but"),
     "an unknown key": (ROW, {"trian": "x"}, "unexpected keyword argument 'trian'"),
     "messages in one row alone": ({**chat("hello"), "answer": "3"}, {}, "say which one is meant"),
 }
@@ -285,7 +286,7 @@ def test_files_that_are_none_are_one_line(tmp_path):
                          ("no.jsonl", "there is no file or folder"),
                          ("table.csv", "table.csv is none of .jsonl, .json, .parquet"),
                          ("broken.json", "broken.json: it is no JSON"),
-                         ("latin.jsonl", "latin.jsonl, line 1: it is no JSON: 'utf-8' codec"),
+                         ("latin.jsonl", "line 1: it is no JSON: 'utf-8' codec can't decode"),
                          ("train.jsonl:test", "is a file, which has no split 'test'")):
         assert wanted in said(lambda: load(str(tmp_path / name)))
     assert "train must name a file" in said(lambda: load(""))
@@ -293,17 +294,38 @@ def test_files_that_are_none_are_one_line(tmp_path):
 
 def test_pictures_that_no_column_names_are_not_left_out_in_silence(tmp_path):
     path = write(tmp_path, [{"picture": A, "question": "How many?", "answer": "3"}])
-    assert "no row of" in said(lambda: load(path)) and 'say images = "..."' in said(lambda: load(path))
+    assert "shows an image; its columns are picture, question, answer" in said(lambda: load(path))
     assert shown(load(path, images="picture").train[0]) == PLAIN
+
+
+def test_a_row_that_lacks_its_image_is_found_where_no_text_says_that_it_has_one(tmp_path):
+    row = {"image": A, "question": "How many?", "answer": "3"}
+    path = write(tmp_path, [row, {**row, "image": None}])
+    assert f"{path}, line 2, column `question`: the row has no image" in said(lambda: load(path))
+    marked = {**row, "question": "<image>How many?"}
+    path = write(tmp_path, [marked, {**row, "image": None}])
+    assert shown(load(path).train[1]) == [("user", "How many?")]  # of a set that says it: a text
+
+
+def test_a_run_on_broken_data_ends_in_one_line_before_a_server_starts(tmp_path):
+    path = write(tmp_path, [ROW, {**ROW, "answer": None}])
+    done = subprocess.run(
+        [sys.executable, "train.py", "@", str(ROOT / "config.toml"), "env.id=dataset",
+         f"env.args.train={path}", f"output_dir={tmp_path}/out", f"vllm_server_port={free_port()}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and not list(tmp_path.glob("out/*.log"))
+    assert done.stderr.splitlines()[-1] == (f"error: environment 'dataset': {path}, line 2, "
+                                            "column `answer`: there is no answer")
 
 
 def test_all_bad_rows_are_counted(tmp_path):
     path = write(tmp_path, [ROW, *[{**ROW, "answer": ""}] * 3])
-    assert said(lambda: load(path)).endswith("(and 2 more rows are bad)")
+    assert said(lambda: load(path)).endswith("(bad rows: 3)")
 
 
 @pytest.mark.parametrize("picture, wanted", [
-    (Image.new("CMYK", (56, 56)), (255, 255, 255)), (Image.new("I;16", (56, 56), 65535), (255,) * 3),
+    (Image.new("CMYK", (56, 56)), (255, 255, 255)),
+    (Image.new("I;16", (56, 56), 65535), (255, 255, 255)),
     (Image.new("LA", (56, 56), (0, 0)), (255, 255, 255)), (Image.new("1", (1, 1)), (0, 0, 0)),
     (Image.new("P", (56, 56)), (0, 0, 0))])
 def test_images_of_other_modes_are_seen_as_they_are(tmp_path, picture, wanted):
@@ -433,7 +455,7 @@ def test_broken_parquet_is_one_line_with_file_row_and_column(cases):
         "a broken image": "row 3 (from 0), column `images`, image 0: cannot read image",
         "a place too many": "row 3 (from 0), column `problem`: message 0, part 0: cannot read",
         "no answer": "row 4 (from 0), column `answer`: there is no answer",
-        "numbers as images": "row 0 (from 0), column `images`, image 0: 0 is no image (and 7 more",
+        "numbers as images": "row 0 (from 0), column `images`, image 0: 0 is no image (bad",
         "a split that is not there": "saved, split 'validation': KeyError: 'validation'",
         "a file that is none": "there is no file or folder"}
     found = cases["broken"]["found"]
@@ -455,8 +477,8 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / "a.parquet").touch()
     (tmp_path / "folder").mkdir()
-    for source, wanted in (("a.parquet", "is a parquet file, for which the package pyarrow is need"),
-                           ("folder", "is a folder without .jsonl and .parquet files, for which")):
+    for source, wanted in (("a.parquet", "is a parquet file, for which the package pyarrow is n"),
+                           ("folder", "is a folder without .jsonl and .parquet files, for whi")):
         assert wanted in said(lambda: load(str(tmp_path / source)))
     assert "'someone/name' is no file or folder, seen from" in said(lambda: load("someone/name"))
 
@@ -492,7 +514,7 @@ def test_data_of_ones_own_is_trained_on(server, cases, tmp_path, form):
 def test_the_config_for_geometry3k_trains_on_its_schema(server, cases, tmp_path):
     """Its hub's folder of parquet, its template and reward; the model is the tiny one."""
     folder = cases["forms"]["found"]["folder of parquet, splits"]["train"]
-    steps = train(server, tmp_path, "configs/geometry3k-qwen2.5-vl-7b.toml", "Geometry3K's folder", {
+    steps = train(server, tmp_path, "configs/geometry3k-qwen2.5-vl-7b.toml", "its schema", {
         "env.args.train": folder, "env.args.eval": f"{folder}:test", "env.args.num_eval": 4,
         "env.args.reward": '["math", "dataset_cases:brevity"]', "max_tokens": 8,
         "inference.args.max_model_len": 512, "inference.args.data_parallel_size": 1,
