@@ -97,8 +97,8 @@ def json_value(completion: str, answer, **info) -> float:
 
 
 def math(completion: str, answer: str, **info) -> float:
-    """ValueError if math-verify cannot read the answer."""
-    return float(math_worker.same(answer, completion))
+    """ValueError if math-verify cannot read the answer. LaTeX needs \\boxed{} or $ around it."""
+    return float(math_worker.same(answer, completion) or exact(completion, answer))
 
 
 NAMED = {"exact": exact, "number": number, "choice": choice, "json": json_value, "math": math}

@@ -136,7 +136,8 @@ def compare() -> dict:
     """What math-verify says of pairs of answer and completion."""
     from envs import answers, math_worker
     math_worker.SECONDS = 2
-    pairs = {"2 \\sqrt { 221 }": ["\\boxed{2\\sqrt{221}}", "it is $\\sqrt{884}$", "\\boxed{29}"],
+    pairs = {"2 \\sqrt { 221 }": ["\\boxed{2\\sqrt{221}}", "it is $\\sqrt{884}$",
+                                 "2 \\sqrt { 221 }", "\\boxed{29}"],
              "\\frac { 3 } { 5 }": ["\\boxed{0.6}", "3/5", "\\boxed{\\frac{5}{3}}", "none"],
              "36": ["x = 36", "\\boxed{36.0}", "<think>36</think>\\boxed{37}", ""]}
     found = {answer: [answers.math(text, answer) for text in texts]
