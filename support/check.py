@@ -8,6 +8,8 @@ trained. It sends prompts with 0, 1 and 2 images of odd sizes, compares prompt i
 the trainer's, first as both have loaded the model, then after each of three weight updates, and
 holds conversations of four turns with an image each. One line per image count and weight version,
 one per other question, and a verdict; exit code 0 if the model is safe to train, 1 if not.
+`python -m support.check @ config.toml` asks for no server: it shows rows of the environment as the
+model will see them (support/rows.py).
 """
 import argparse
 import contextlib
@@ -33,7 +35,7 @@ from adapter import MultimodalAdapter
 from batch import MultimodalBatch
 from policy import Policy, logit_changes
 from rollout import Environment, Generator
-from support import vllm_process
+from support import rows, vllm_process
 from support.config import MultimodalRLConfig
 from support.loading import load_model
 from support.text import describe
@@ -337,6 +339,8 @@ def images_text(count: int) -> str:
 
 
 def main(words: list[str]) -> int:
+    if words and words[0].startswith("@"):
+        return rows.main()
     parser = argparse.ArgumentParser(prog="python -m support.check",
                                      description="Can this model be trained?")
     parser.add_argument("model", help="Hugging Face id or directory")
