@@ -5,6 +5,7 @@ Faults of a foreign service are served by a small one here; all others are those
 import asyncio
 import contextlib
 import dataclasses
+import datetime
 import decimal
 import fractions
 import http.server
@@ -30,6 +31,7 @@ import processes
 import sync
 from conftest import ROOT, TINY, free_port, make_trainer, noise
 from rollout import Environment, Failure, Generator, Job
+from support import gloo
 from support import http as server_http
 from support import other_server, owner, rewards, secret, server_flags, text, vllm_process
 from support.config import MultimodalRLConfig
@@ -575,6 +577,26 @@ def test_an_update_that_breaks_leaves_a_server_that_answers_and_says_so(server, 
         trainer.server.send(Breaks())
     assert trainer.server.call("is_paused", method="get") == {"is_paused": False}
     assert trainer.server.lease.served().startswith("None by run ")
+    trainer.server.stop()
+    assert len(trainer.roll_out()) == 32
+
+
+def test_weights_that_the_server_does_not_know_end_the_run_at_once(server, monkeypatch):
+    """No server that is started again would load them, and each try takes as long as a time-out."""
+    # That time-out is the trainer's, which waits for workers that receive no more.
+    monkeypatch.setattr(gloo, "timedelta", lambda seconds: datetime.timedelta(seconds=2))
+    trainer = make_trainer(**options_of(server))
+    monkeypatch.setattr(trainer.server, "restore", lambda: pytest.fail("it is no lost server"))
+    weights = dict(trainer.source)
+    norm = next(name for name, tensor in weights.items() if tensor.dim() == 1)
+    for name, tensor, said in (("model.nonsense.weight", torch.ones(3), "named 'nonsense'"),
+                               (norm, torch.ones(3), r"dimension size .3.|torch.Size..3.")):
+        trainer.server.stop()
+        with monkeypatch.context() as patch:
+            patch.setattr(sync.CheckpointSource, "__iter__",
+                          lambda self: iter((weights | {name: tensor}).items()))
+            with pytest.raises(ValueError, match=f"weights 0 did not reach .*({said})"):
+                trainer.on_server(lambda: None)
     trainer.server.stop()
     assert len(trainer.roll_out()) == 32
 
