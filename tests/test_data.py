@@ -623,6 +623,47 @@ def test_banned_ids_leave_the_states_of_an_identity_head_alone(head):
     assert torch.allclose(logprobs, (before + bias).log_softmax(-1)[range(4), targets], atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [
+    {}, {"scale": 0.25}, {"cap": 3.0, "scale": 2.0}, {"banned": [3, 7]}])
+@pytest.mark.parametrize("kind", ["plain", "bias", "lora"])
+def test_a_head_gives_the_gradients_of_its_logits(kind, options):
+    """Of its own formula where it is a linear layer, and of autograd where it is something else."""
+    def found(forward):
+        torch.manual_seed(0)
+        head, hidden = torch.nn.Linear(8, 40, bias=kind == "bias"), torch.randn(9, 8)
+        if kind == "lora":
+            head = peft_linear(head)
+        hidden.requires_grad_()
+        logprobs, entropies = forward(hidden, head)
+        (logprobs * torch.randn(9)).sum().backward()
+        return [logprobs, entropies, hidden.grad, *[p.grad for p in head.parameters()]]
+
+    def wanted(hidden, head):
+        logits = head(hidden) * options.get("scale", 1.0)
+        if "cap" in options:
+            logits = options["cap"] * torch.tanh(logits / options["cap"])
+        bias = torch.zeros(40)
+        bias[options.get("banned", [])] = -100
+        logprobs = ((logits + bias) / 0.7).log_softmax(-1)
+        return logprobs[range(9), targets], -(logprobs.exp() * logprobs).sum(-1)
+
+    targets = torch.arange(10, 19)
+    ours = found(lambda hidden, head: token_logprobs(
+        hidden, targets, head, 0.7, max_logits=160, **options))
+    for one, other in zip(ours, found(wanted), strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.allclose(one, other, atol=1e-5)
+
+
+def peft_linear(head):
+    """The layer with an adapter, as peft makes one of it."""
+    import peft
+    model = torch.nn.ModuleDict({"head": head})
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, target_modules=["head"], init_lora_weights=False), model)
+    return model["head"]
+
+
 @pytest.mark.parametrize("weights, bias", [("bf16", False), ("fp32", False), ("fp32", True)])
 def test_the_gradient_of_the_head_is_as_exact_from_512_chunks_as_from_one(weights, bias):
     """fp32 weights under autocast, as on a GPU, and bf16 weights, as of a sharded model."""
