@@ -8,9 +8,11 @@ engine over gloo. The RL routes let a caller run code: a server that is started 
 The server says whose weights it has (support/owner.py): another trainer's are never trained on.
 """
 import contextlib
+import importlib
 import re
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -52,9 +54,10 @@ class Server:
         self.lease = Lease(self)
 
     def __enter__(self) -> "Server":
-        self.ours = self.config.local and not is_healthy(self.url)
+        is_starting = self.url in vllm_process.EARLY
+        self.ours = is_starting or (self.config.local and not is_healthy(self.url))
         try:
-            if self.ours:
+            if self.ours and not is_starting:
                 vllm_process.check_port(self.config)
             self.start()
             if not self.ours:
@@ -84,22 +87,27 @@ class Server:
         """Start our own process (anew), or wait until somebody else's answers (again)."""
         self.stop()
         if self.ours:
-            log_start = vllm_process.size_of(self.log)
             self.process = vllm_process.start(self.config, self.log)
-        start = time.monotonic()
+        # What send() needs of vLLM takes seconds to import: not after the server is up.
+        threading.Thread(target=import_engines, daemon=True).start()
+        start, told = time.monotonic(), -5.0
         while True:
             if self.process and self.process.poll() is not None:  # what answers is another one
-                raise ValueError(f"vLLM ended, code {self.process.returncode} ({self.log}): "
-                                 + vllm_process.last_errors(self.log, log_start))
+                raise ValueError(
+                    f"vLLM ended, code {self.process.returncode} ({self.log}): "
+                    + vllm_process.last_errors(self.log, self.process.log_start))
             if is_healthy(self.url):
                 return
             waited = time.monotonic() - start
             if waited > self.patience:
                 raise TimeoutError(f"no vLLM server at {self.url} after {waited:.0f} s (see vllm_"
                                    "server_timeout); start one: `python sync.py @ CONFIG`")
-            if int(waited) % 5 == 0:
-                print(f"waiting for the vLLM server at {self.url} ({waited:.0f} s)", flush=True)
-            time.sleep(1)
+            if waited >= told + 5:
+                told = waited
+                doing = f": {vllm_process.last_line(self.log)}" if self.process else ""
+                print(f"waiting for the vLLM server at {self.url} ({waited:.0f} s){doing}",
+                      flush=True)
+            time.sleep(0.25)
 
     def stop(self) -> None:
         """Give the server up, and end our own process, if there is one."""
@@ -220,6 +228,13 @@ class Server:
         server = urlsplit(self.url)
         with socket.create_connection((server.hostname, server.port), 60) as connection:
             return connection.getsockname()[0]
+
+
+def import_engines() -> None:
+    """Import the trainer's side of vLLM's weight transfer; if it fails, meet() says why."""
+    with contextlib.suppress(Exception):
+        importlib.import_module("vllm.distributed.weight_transfer.ipc_engine")
+        importlib.import_module("vllm.distributed.weight_transfer.nccl_engine")
 
 
 def make_client(server: Server):

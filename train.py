@@ -4,17 +4,21 @@ The trainer and its loop. A step has four acts: roll out, update the policy, sen
 server that samples, log. What they need is elsewhere: the rollouts in rollout.py, the tensors in
 adapter.py and batch.py, the forward pass in policy.py, the formula in loss.py, the server in sync.py.
 """
+import os
+
+# Before torch: threads that spin while they wait take a server's cores: 1.5 s a step, not 0.6 s.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if __name__ == "__main__":  # the server takes longest to start, and needs nothing of what follows
+    from support.start import begin
+    CONFIG = begin("train.py")
+
 import collections
 import contextlib
 import math
-import os
 import signal
 import statistics
 import sys
 import time
-
-# Before torch: threads that spin while they wait take a server's cores: 1.5 s a step, not 0.6 s.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import transformers
@@ -26,7 +30,7 @@ from loss import group_advantages, grpo_loss
 from policy import Policy
 from rollout import GenerateOutputs, Generator, load_environment
 from support import check, checkpoint
-from support.config import MultimodalRLConfig, command_line, mistakes, on_stop
+from support.config import MultimodalRLConfig, mistakes, on_stop
 from support.http import ServerError
 from support.loading import load_model
 from support.lock import owned
@@ -472,12 +476,12 @@ def served(config: MultimodalRLConfig):
             yield trainer
 
 
-def main() -> None:
-    """Train as the command line says. A mistake in it is one line, and exit code 2."""
+def main(config: MultimodalRLConfig) -> None:
+    """Train, on a server that is stopped at the end. A mistake is one line, and exit code 2."""
     sys.excepthook = print_plainly
     with contextlib.ExitStack() as stack:
         with mistakes():
-            trainer = stack.enter_context(served(command_line("train.py")))
+            trainer = stack.enter_context(served(config))
         on_stop(trainer.stop)
         trainer.train()
         if trainer.stopping:
@@ -485,4 +489,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(CONFIG)

@@ -12,9 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import tomli
-import torch
 
-from loss import grpo_loss
 from support.text import plain
 
 # Where a key stands in the file -> its field. All other fields are keys of [trainer.args].
@@ -163,6 +161,7 @@ class MultimodalRLConfig:
     @property
     def server_gpus(self) -> int:
         """How many GPUs a server that we start gets; 0 is a CPU."""
+        import torch  # late, for the first line of a run shall not wait for it
         if not torch.cuda.is_available():
             return 0
         return max(1, self.inference_gpus)
@@ -184,6 +183,7 @@ class MultimodalRLConfig:
 
     def loss_options(self) -> dict[str, float]:
         """The keyword arguments of grpo_loss, which are keys of the same names."""
+        from loss import grpo_loss
         names = inspect.getfullargspec(grpo_loss).kwonlyargs
         return {name: getattr(self, name) for name in names}
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent  # where the server finds support.gloo
 # How exceptions, with two lines of what they say, and mistakes in flags end vLLM's log.
 ERRORS = r"(?m)^(?:\(.*?\) )?((?:[\w.]+Error|\S+: error): .*(?:\n.*){0,2})"
 # When the trainer ends, however it ends, its end of the pipe closes: kill the server's group.
+EARLY = {}  # {URL: process} of servers that were started before their trainer was ready
 GUARD = 'exec 3<&0; (read line <&3; kill -9 0) & exec "$@" </dev/null 3<&-'
 
 
@@ -69,11 +70,22 @@ def layer_types(model: str) -> list[str]:
         return []
 
 
+def start_early(config, log: Path) -> None:
+    """Start the server before the trainer is ready for it, if start() would be called for sure."""
+    one_process = "RANK" not in os.environ and config.trainer_gpus <= 1
+    if config.local and one_process:
+        with contextlib.suppress(OSError):  # which will be told when the trainer is ready
+            check_port(config)
+            EARLY[config.url] = start(config, log)
+
+
 def start(config, log: Path) -> subprocess.Popen:
     """Run the server in a session of its own, so that Ctrl-C reaches the trainer alone.
 
-    The log keeps what earlier servers of the run have said.
+    The log keeps what earlier servers of the run have said; where this one begins is log_start.
     """
+    if config.url in EARLY:
+        return EARLY.pop(config.url)
     log.parent.mkdir(parents=True, exist_ok=True)
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ,
            "VLLM_SERVER_DEV_MODE": "1", secret.VARIABLE: secret.make(config.url),
@@ -83,10 +95,12 @@ def start(config, log: Path) -> subprocess.Popen:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(entries_at(0, config.server_gpus))
     if "api_key" in config.inference_args:
         env["VLLM_API_KEY"] = os.environ["VLLM_API_KEY"] = config.inference_args["api_key"]
+    log_start = size_of(log)
     with open(log, "a") as out:
         process = subprocess.Popen(["sh", "-c", GUARD, "sh", *server_command(config)], env=env,
                                    stdout=out, stderr=out, stdin=subprocess.PIPE,
                                    start_new_session=True)
+    process.log_start = log_start
     os.register_at_fork(after_in_child=process.stdin.close)  # only our own end counts
     return process
 
@@ -121,6 +135,12 @@ def first_error(log: Path) -> str:
     """The first error that a process of the server's has logged; "" if there is none."""
     found = re.search(r"(?m)^.* ERROR .*?\] (\w+Error: .*)$", log.read_text(errors="replace"))
     return plain(found[1])[:300] if found else ""
+
+
+def last_line(log: Path) -> str:
+    """What the server has logged last, without time and place."""
+    lines = log.read_bytes()[-4000:].decode(errors="replace").splitlines() or [""]
+    return plain(lines[-1].rpartition("] ")[2])[:60]
 
 
 def last_errors(log: Path, start: int = 0) -> str:

@@ -25,6 +25,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import train
+from support.config import command_line
 from adapter import MultimodalAdapter
 from conftest import ROOT, TINY, canned, make_trainer, noise
 from processes import kill
@@ -476,6 +477,7 @@ import contextlib, signal, sys
 signal.signal(signal.SIGHUP, getattr(signal, {hangups!r}))
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import train
+from support.config import command_line
 from conftest import make_trainer
 from test_files import without_server
 
@@ -485,7 +487,7 @@ def served(config):
 
 train.served = served
 sys.argv = ["train.py", "@", {root!r} + "/config.toml", *sys.argv[1:]]
-train.main()
+train.main(command_line("train.py"))
 """
 
 
