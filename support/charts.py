@@ -115,8 +115,8 @@ def thinned(points: Points, most: int = 600) -> Points:
         neighbours = points[start:start + size]
         finite = [point for point in neighbours if point[1] is not None]
         if finite:
-            ends = {min(finite, key=lambda point: point[1]), max(finite, key=lambda point: point[1])}
-            kept += sorted(ends)
+            by_value = sorted(finite, key=lambda point: point[1])
+            kept += sorted({by_value[0], by_value[-1]})
         if len(finite) < len(neighbours):
             kept.append((neighbours[-1][0], None))
     return kept

@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: metrics.jsonl, sampled rollouts, batches that failed."""
+"""What a run writes beside its checkpoints: metrics, sampled rollouts, bad batches, the report."""
 import collections
 import contextlib
 import json

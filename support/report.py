@@ -2,8 +2,8 @@
 
     python -m support.report outputs/colors
 
-A training writes it at its end, and the command at any time, also for a run that was killed. It
-reads metrics.jsonl and rollouts/ alone. What is shown is chosen by rule, and the page says the rule.
+A training writes it at its end, and the command at any time, also for a run that was killed. It is
+made of metrics.jsonl and rollouts/ alone. What is shown is chosen by rule, and the page says it.
 """
 import base64
 import html
@@ -48,12 +48,13 @@ HEAD = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width"><title>%s</title><style>
 body { font: 14px sans-serif; margin: 24px; color: #222 }
 h2 { margin-top: 32px } h3 { margin: 24px 0 8px }
-table { border-collapse: collapse } th { text-align: left; font-weight: normal; color: #777 }
+table { border-collapse: collapse; margin-top: 8px }
+th { text-align: left; font-weight: normal; color: #777; white-space: nowrap }
 td, th { padding: 4px 12px 4px 0; vertical-align: top; border-top: 1px solid #eee }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 80em }
 .turns { display: flex; flex-wrap: wrap; gap: 4px 10px }
 .policy { font-weight: bold } .environment, .prompt, .note { color: #777; font-size: 11px }
-.turn .environment { max-width: 16em } .turn img { max-height: 84px; width: auto }
+.turn .environment { max-width: 11em } .turn img { max-height: 84px; width: auto }
 img { vertical-align: top; margin: 0 4px 4px 0 } img.small { image-rendering: pixelated }
 summary { cursor: pointer }
 </style></head><body>
@@ -180,14 +181,15 @@ class Room:
 
     def text(self, text: str, kind: str) -> str:
         """The text, escaped; a long one folded. Of a row of equal placeholders one is shown."""
+        begin = " ".join(SPECIAL.sub(" ", text).split())[:60]
         text = REPEATED.sub(lambda row: f"{row[1]} x {len(row[0]) // len(row[1])} ", text).strip()
         if len(text) > TEXT:
             cut = len(text) - TEXT
             text = f"{text[:TEXT // 2]} [... {cut} characters ...] {text[-TEXT // 2:]}"
         shown = f'<div class="text {kind}">{html.escape(text)}</div>'
         if len(text) > LONG[kind]:
-            begin = html.escape(" ".join(SPECIAL.sub(" ", text[:200]).split())[:60])
-            shown = f'<details class="{kind}"><summary>{begin} ...</summary>{shown}</details>'
+            shown = (f'<details class="{kind}"><summary>{html.escape(begin)} ...</summary>'
+                     f'{shown}</details>')
         return self.take(shown)
 
     def images(self, names: list[str]) -> str:
@@ -233,23 +235,25 @@ def group_html(group: dict, room: Room) -> str:
     rewards = [said["reward"] for said in completions]
     advantages = [said["advantage"] for said in completions]
     finite = [value for value in rewards if value is not None]
-    far = max((abs(value) for value in advantages if value is not None), default=0)
+    mean = sum(finite) / max(1, len(finite))
+    far = max((abs(value) for value in advantages if value is not None), default=0) or 1
     rows = []
     for number, said in enumerate(completions, 1):
         scores = said.get("rewards", {})
-        named = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
-        notes = [html.escape(named)] if len(scores) > 1 else []
+        notes = []
+        if len(scores) > 1:
+            notes = [html.escape(f"{name} {value:.3g}") for name, value in scores.items()]
         if said["finish_reason"] == "length":
             notes.append("cut")
         rows.append(
             f"<tr><td>{number}</td>"
             f"<td>{bar(said['reward'], min([0, *finite]), max([0, *finite]), REWARD)}"
-            f'<div class="note">{"; ".join(notes)}</div></td>'
+            f'<div class="note">{"<br>".join(notes)}</div></td>'
             f"<td>{bar(said['advantage'], -far, far, ADVANTAGE)}</td>"
             f'<td><div class="turns">{turns_html(said["turns"], room)}</div></td></tr>')
     answer = room.text(f"Answer: {group['answer']}", "prompt") if group["answer"] else ""
     return "\n".join([room.images(group["images"]), room.text(group["prompt"], "prompt"), answer,
-                      "<table><tr><th></th><th>reward</th><th>advantage</th>"
+                      f"<table><tr><th></th><th>reward, mean {mean:.3g}</th><th>advantage</th>"
                       "<th>completion</th></tr>", *rows, "</table>"])
 
 
