@@ -115,6 +115,7 @@ class MultimodalGRPOTrainer:
                 self.save()
             if self.step == config.max_steps:
                 self.evaluate()
+            on_lead(lambda: self.records.write_report())
             self.server.lease.release()  # to whoever comes next, while this process lives on
 
     # ---- act 1: roll out

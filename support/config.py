@@ -84,7 +84,7 @@ class MultimodalRLConfig:
     kl_warning: float = 0.05                # mismatch KL of a step from which to warn
     async_steps: int = 1                    # rollouts ahead of the trainer; 0 = exactly on-policy
     sync_to_vllm_every: int = 1             # steps; 0 = never, on purpose
-    log_every_steps: int = 10               # sampled rollouts are written
+    log_every_steps: int = 10               # rollouts are written; of first and last step, too
     save_every_steps: int = 0               # 0 = only at the end
     keep_checkpoints: int = 2               # the newest ones
     resume: bool | str = False              # true: from the newest whole checkpoint; or its path

@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: metrics.jsonl, sampled rollouts, batches that failed."""
+"""What a run writes beside its checkpoints: metrics, sampled rollouts, bad batches, the report."""
 import collections
 import contextlib
 import json
@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from support import report
 from support.check import CAUSES
 from support.checkpoint import own_checkpoints, set_aside
+from support.text import describe
 
 GROUPS = 2  # whose completions are written of a step
-TRACES = ("metrics.jsonl", "rollouts", "bad-batch-*.pt")  # of a run, beside its checkpoints
+TRACES = ("metrics.jsonl", "rollouts", "bad-batch-*.pt", report.NAME)  # beside its checkpoints
 
 
 class Records:
@@ -55,14 +57,17 @@ class Records:
             self.wandb.log(metrics, step=metrics["step"])
 
     def write_step(self, metrics: dict[str, float], outputs, tokenizer) -> None:
-        """The metrics of a step, what went wrong in it, and every log_every_steps some rollouts."""
+        """The metrics of a step, and what went wrong in it.
+
+        Of the first step, of the last, and every log_every_steps some rollouts, too.
+        """
         step = metrics["step"]
         self.write(metrics)
         for reason, count in collections.Counter(outputs.dropped).most_common(3):
             tqdm.write(f"step {step}: {count} completions dropped: {reason[:300]}")
         if not metrics["kl"] <= self.config.kl_warning:  # NaN is not
             tqdm.write(f"step {step}: mismatch KL {metrics['kl']:.2g}, usually from {CAUSES}")
-        if step % self.config.log_every_steps == 0:
+        if step % self.config.log_every_steps == 0 or step in (1, self.config.max_steps):
             with said_if_not_written(f"rollouts of step {step}"):
                 self.write_rollouts(step, outputs, tokenizer)
 
@@ -71,10 +76,12 @@ class Records:
         folder = self.folder / "rollouts" / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         groups = list(dict.fromkeys(outputs.example_id))
+        written = {}
         for name in groups[::max(1, len(groups) // GROUPS)][:GROUPS]:
             rows = [row for row, example in enumerate(outputs.example_id) if example == name]
             first = rows[0]
-            group = {"prompt": tokenizer.decode(outputs.prompt_ids[first]),
+            group = {"place": groups.index(name),  # among the prompts of the step
+                     "prompt": tokenizer.decode(outputs.prompt_ids[first]),
                      "answer": outputs.answer[first],
                      "images": write_images(folder, f"{name}", outputs.images[first]),
                      "completions": []}
@@ -85,6 +92,7 @@ class Records:
                 if row in firsts:
                     group["completions"].append({
                         "turns": turns, "reward": outputs.reward[row],
+                        "rewards": {name: values[row] for name, values in outputs.metrics.items()},
                         "advantage": outputs.advantage[row],
                         "finish_reason": outputs.finish_reason[row]})
                 else:  # another stretch of the same conversation
@@ -93,6 +101,16 @@ class Records:
                     group["completions"][-1]["turns"] += [anew, *turns]
                     group["completions"][-1]["finish_reason"] = outputs.finish_reason[row]
             (folder / f"{name}.json").write_text(to_json(group))
+            written[name] = group
+        if self.wandb:
+            self.wandb.log({"rollouts": table(written, folder)}, step=step)
+
+    def write_report(self) -> None:
+        """report.html of the run, which does not end for its sake, whatever goes wrong in it."""
+        try:
+            report.write(self.folder)
+        except Exception as error:
+            tqdm.write(f"{report.NAME} could not be written: {describe(error)}")
 
     def write_bad_batch(self, step: int, batch) -> Path:
         """A batch without finite loss or gradient, for torch.load(weights_only=True)."""
@@ -122,6 +140,26 @@ def write_images(folder: Path, name: str, images: list) -> list[str]:
         names.append(f"{name}-image-{number}.png")
         image.save(folder / names[-1])
     return names
+
+
+def table(groups: dict[str, dict], folder: Path):
+    """The groups of a step for Weights & Biases: a row per completion, with its images."""
+    import wandb
+
+    def pictures(names: list[str]) -> list:
+        return [wandb.Image(str(folder / name)) for name in names]
+
+    rows = []
+    for name, group in groups.items():
+        for said in group["completions"]:
+            texts = [f"{who}: {text}" for turn in said["turns"]
+                     for who, text in turn.items() if who != "images"]
+            shown = [image for turn in said["turns"] for image in turn.get("images", ())]
+            rows.append([str(name), group["prompt"], pictures(group["images"]), "\n".join(texts),
+                         pictures(shown), said["reward"], said["advantage"],
+                         said["finish_reason"]])
+    return wandb.Table(columns=["example", "prompt", "images", "turns", "images of replies",
+                                "reward", "advantage", "finish_reason"], data=rows)
 
 
 @contextlib.contextmanager

@@ -154,7 +154,8 @@ def test_a_fresh_run_sets_an_earlier_one_aside(server, tmp_path):
             trainer.train()
     assert [line["step"] for line in metrics(config)] == [1]
     [earlier] = tmp_path.glob("colors-past-*")
-    assert {p.name for p in earlier.iterdir()} == {"metrics.jsonl", "checkpoint-1"}
+    assert {p.name for p in earlier.iterdir()} == {"metrics.jsonl", "checkpoint-1", "rollouts",
+                                                   "report.html"}
 
 
 def test_sigterm_finishes_the_step_and_saves_and_a_second_one_stops_at_once(server, tmp_path):

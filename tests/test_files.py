@@ -563,7 +563,8 @@ def test_a_run_folder_by_a_link_stays_one_when_a_run_starts_anew(tmp_path):
         without_server(make_trainer(output_dir=str(tmp_path), max_steps=1)).train()
     assert (tmp_path / "run").is_symlink() and saved(tmp_path / "disk" / "r") == {"checkpoint-1"}
     [earlier] = (tmp_path / "disk").glob("r-past-*")
-    assert {path.name for path in earlier.iterdir()} == {"metrics.jsonl", "checkpoint-1"}
+    assert {path.name for path in earlier.iterdir()} == {"metrics.jsonl", "checkpoint-1",
+                                                         "rollouts", "report.html"}
 
 
 def test_a_run_that_starts_anew_leaves_runs_and_files_in_its_folder_alone(tmp_path):
@@ -798,7 +799,7 @@ def test_a_mismatch_that_is_no_number_is_warned_of(tmp_path, capsys):
     trainer = new_run(tmp_path)
     outputs = SimpleNamespace(dropped=[])
     for kl, warned in ((math.nan, True), (0.06, True), (0.04, False)):
-        trainer.records.write_step({"step": 1, "kl": kl}, outputs, None)
+        trainer.records.write_step({"step": 2, "kl": kl}, outputs, None)
         assert ("mismatch KL" in capsys.readouterr().out) == warned
 
 
