@@ -79,7 +79,22 @@ GRIDS = [[56, 56], [56, 112], [112, 56], [112, 112]]
 CHATML = dict(pad_token="<|endoftext|>", turn_token="<|im_start|>", eos_token="<|im_end|>")
 CHATML_TURNS = dict(turn=r"'<|im_start|>' + message['role'] + '\n'", end=r"'<|im_end|>\n'",
                     answer="<|im_start|>assistant\n")
+MISTRAL = dict(model_type="mistral", sliding_window=None)
 LLAMA = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+COHERE = dict(
+    pad_token="<PAD>", bos_token="<BOS_TOKEN>", eos_token="<|END_OF_TURN_TOKEN|>",
+    turn_token="<|START_OF_TURN_TOKEN|>", boi_token="<|START_OF_IMG|>",
+    eoi_token="<|END_OF_IMG|>", image_token="<|IMG_PATCH|>",
+    img_line_break_token="<|IMG_LINE_BREAK|>")
+
+
+def cohere_chat(image):
+    """Cohere's chat template, with its own placeholder of an image."""
+    return chat_template(
+        start="<BOS_TOKEN>", image=image, end="'<|END_OF_TURN_TOKEN|>'",
+        turn="'<|START_OF_TURN_TOKEN|>' + message['role']",
+        answer="<|START_OF_TURN_TOKEN|>assistant")
 
 
 def qwen(model_type, processor, patch, tied, vision, rope=MROPE, video="Qwen2VLVideoProcessor",
@@ -167,22 +182,21 @@ def idefics(config, name, video={}):
         image_processor=(f"{name}ImageProcessor", tiles), **video)
 
 
-def pixtral(config, patch, longest, merge):
+def pixtral(config, patch, longest, merge, name="Pixtral", text=MISTRAL):
     """Images keep their shape and are padded to the largest; a token ends every row of patches."""
     begin = "{'system': '[SYSTEM_PROMPT]', 'user': '[INST]', 'assistant': ''}[message['role']]"
     end = "{'system': '[/SYSTEM_PROMPT]', 'user': '[/INST]', 'assistant': '</s>'}[message['role']]"
     return Family(
         config=config | dict(
             image_token_index="[IMG]",
-            text_config=LANGUAGE | dict(model_type="mistral", sliding_window=None),
-            vision_config=VISION | dict(
+            text_config=LANGUAGE | text, vision_config=VISION | dict(
                 model_type="pixtral", image_size=longest, patch_size=patch)),
         tokens=LLAMA | dict(
             user_token="[INST]", user_end_token="[/INST]",
             system_token="[SYSTEM_PROMPT]", system_end_token="[/SYSTEM_PROMPT]",
             image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]"),
         chat=chat_template(start="<s>", turn=begin, image="[IMG]", end=end, answer=""),
-        processor=("PixtralProcessor", dict(patch_size=patch, spatial_merge_size=merge)),
+        processor=(f"{name}Processor", dict(patch_size=patch, spatial_merge_size=merge)),
         image_processor=("PixtralImageProcessor", dict(
             size={"longest_edge": longest}, patch_size={"height": patch, "width": patch})),
         adds_bos=True)
@@ -347,7 +361,7 @@ FAMILIES = {
             use_qk_norm=False)),
     "glm-4.6v": glm("glm46v", "Glm46V"),
     "llava-next": llava_next(
-        dict(model_type="mistral", sliding_window=None), dict(model_type="clip_vision_model"),
+        MISTRAL, dict(model_type="clip_vision_model"),
         layers=-2, select="default", extra=1),
     # The features of several layers side by side, and logits that are divided.
     "granite-vision": llava_next(
@@ -364,18 +378,57 @@ FAMILIES = {
                 model_type="cohere2", logit_scale=0.25, rms_norm_eps=None,  # vLLM: none of RMSNorm
                 layer_types=["sliding_attention", "full_attention"]),
             vision_config=VISION | TILE | dict(vision_use_head=False)),
-        tokens=dict(
-            pad_token="<PAD>", bos_token="<BOS_TOKEN>", eos_token="<|END_OF_TURN_TOKEN|>",
-            turn_token="<|START_OF_TURN_TOKEN|>", boi_token="<|START_OF_IMG|>",
-            eoi_token="<|END_OF_IMG|>", image_token="<|IMG_PATCH|>",
-            img_line_break_token="<|IMG_LINE_BREAK|>"),
-        chat=chat_template(
-            start="<BOS_TOKEN>", image="<|IMG_PATCH|>", end="'<|END_OF_TURN_TOKEN|>'",
-            turn="'<|START_OF_TURN_TOKEN|>' + message['role']",
-            answer="<|START_OF_TURN_TOKEN|>assistant"),
+        tokens=COHERE, chat=cohere_chat("<|IMG_PATCH|>"),
         processor=("Cohere2VisionProcessor", {}),
         image_processor=("Cohere2VisionImageProcessor", dict(  # patch_size: tokens along a tile
             size=SQUARE, patch_size=2, max_patches=4)),
+        adds_bos=True, nested_tower=True),
+    # Short convolutions with states of their own beside attention; patches of tiles, padded.
+    "lfm2-vl": Family(
+        config=dict(
+            model_type="lfm2_vl", image_token_id="<image>", projector_hidden_size=64,
+            text_config=LANGUAGE | dict(
+                model_type="lfm2", layer_types=["conv", "full_attention"],
+                block_auto_adjust_ff_dim=False, conv_dim=64, block_dim=64),  # vLLM asks for them
+            vision_config=VISION | dict(patch_size=14, num_patches=64, vision_use_head=False)),
+        tokens=CHATML | dict(
+            bos_token="<|startoftext|>", image_token="<image>", image_start_token="<|image_start|>",
+            image_end_token="<|image_end|>", image_thumbnail_token="<|img_thumbnail|>",
+            **{f"tile_{r}_{c}": f"<|img_row_{r}_col_{c}|>" for r in (1, 2) for c in (1, 2)}),
+        chat=chat_template(start="<|startoftext|>", image="<image>", **CHATML_TURNS),
+        processor=("Lfm2VlProcessor", {}),
+        image_processor=("Lfm2VlImageProcessor", dict(
+            encoder_patch_size=14, tile_size=112, min_tiles=2, max_tiles=4, min_image_tokens=4,
+            max_image_tokens=16)),
+        adds_bos=True, nested_tower=True),
+    # No M-RoPE; fewer heads for keys than for queries in the vision tower, too.
+    "exaone4.5": qwen(
+        "exaone4_5", "Exaone4_5_Processor", 14, tied=False,
+        rope={"rope_type": "default", "rope_theta": 1e4},
+        text=dict(model_type="exaone4", sliding_window=64,
+                  layer_types=["sliding_attention", "full_attention"]),
+        vision=dict(out_hidden_size=64, intermediate_size=128, window_size=56,
+                    num_key_value_heads=1, fullatt_block_indexes=[1])),
+    "glm-ocr": glm("glm_ocr", "Glm46V", text=dict(
+        intermediate_size=192)),  # vLLM makes the projector as wide, transformers 3 x 64
+    "lighton-ocr": pixtral(
+        dict(model_type="lighton_ocr", image_token_id="[IMG]", spatial_merge_size=2),
+        patch=14, longest=112, merge=2, name="LightOnOcr", text=dict(model_type="qwen3")),
+    # The placeholder in the text is another token than that of pixels, and tiles have numbers. vLLM
+    # has no class of its own for it, and runs that of transformers.
+    "aya-vision": Family(
+        config=dict(
+            model_type="aya_vision", image_token_index="<|IMG_PATCH|>",
+            text_config=LANGUAGE | dict(
+                model_type="cohere2", logit_scale=0.25, rms_norm_eps=None,
+                layer_types=["sliding_attention", "full_attention"]),
+            vision_config=VISION | TILE | dict(
+                model_type="siglip_vision_model", vision_use_head=False)),
+        tokens=COHERE | dict(place_token="<image>", tile_token="TILE", all_token="TILE_GLOBAL"),
+        chat=cohere_chat("<image>"),
+        processor=("AyaVisionProcessor", dict(patch_size=14, img_size=56, downsample_factor=2)),
+        image_processor=("GotOcr2ImageProcessor", dict(
+            size=SQUARE, crop_to_patches=True, max_patches=4)),
         adds_bos=True, nested_tower=True),
     # Pixels of all patches along the last dim, and images that are numbered in the text.
     "minicpm-v-4.6": Family(
