@@ -1,9 +1,9 @@
 """Check every family of models/families.py against a real vLLM server, and write the table.
 
-    python bench/families.py [name ...]      raw output: results/families.jsonl, then the README
+    python bench/families.py [name ...]      raw output: results/families.jsonl, then docs/families.md
 
 One server start per family, about a minute each on two CPU cores. Only the named families are run
-again; the README's table is made from the raw output of all.
+again; the table is made from the raw output of all.
 """
 import json
 import re
@@ -57,10 +57,10 @@ def main(names: list[str]):
         print(name, flush=True)
         records = [r for r in records if r["model"] != name] + run(name)
         RAW.write_text("".join(json.dumps(r) + "\n" for r in records))
-    readme = ROOT / "README.md"
+    page = ROOT / "docs" / "families.md"
     text = re.sub(r"(<!-- families -->\n).*?(\n<!-- end -->)",
-                  lambda m: m[1] + table(records) + m[2], readme.read_text(), flags=re.S)
-    readme.write_text(text)
+                  lambda m: m[1] + table(records) + m[2], page.read_text(), flags=re.S)
+    page.write_text(text)
 
 
 if __name__ == "__main__":

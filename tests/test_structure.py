@@ -2,6 +2,7 @@
 import ast
 import contextlib
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -16,6 +17,41 @@ from support.task import encoding_pool
 LEVELS = {  # an import goes down, or sideways between the modules of the middle
     "train": 3, "policy": 2, "adapter": 2, "rollout": 2, "sync": 2, "support": 2,
     "batch": 1, "loss": 1}
+
+
+def code_lines(path) -> int:
+    """Lines of 88 columns of a module's syntax tree, without comments and docstrings."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(
+                body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+            body[0] = ast.Pass()
+    lines = [line for line in ast.unparse(tree).splitlines() if line.strip() not in ("", "pass")]
+    return sum(-(-len(line) // 88) for line in lines)
+
+
+def test_the_sizes_in_the_readme_are_those_of_the_code():
+    told = dict(re.findall(r"^\| `([\w./]+)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M))
+    found = {f"{name}.py": code_lines(ROOT / f"{name}.py") for name in LEVELS if name != "support"}
+    found["support/"] = sum(code_lines(path) for path in (ROOT / "support").glob("*.py"))
+    assert {name: int(lines) for name, lines in told.items()} == {
+        name: round(lines, -1) for name, lines in found.items()}
+
+
+def test_every_link_of_the_documentation_leads_somewhere():
+    def anchors(path) -> set[str]:
+        titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+        return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            name, _, anchor = target.partition("#")
+            if not target.startswith("http"):
+                path = (page.parent / name).resolve() if name else page
+                assert path.exists(), f"{page.name}: {target}"
+                assert not anchor or anchor in anchors(path), f"{page.name}: {target}"
 
 
 def imports() -> dict[str, set[str]]:
