@@ -74,9 +74,6 @@ class Policy(torch.nn.Module):
         self.banned = vision_token_ids(model.config)
         vars(self).update(logit_changes(model.config)[0])  # scale and cap
         self.completion_type = 0  # in the token types that a family wants beside the ids
-        # In bf16 most of a small update would round to nothing: 0.4 % of the weights moved.
-        if any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters()):
-            model.float()
         model.eval()  # dropout would make the trainer another policy than the one that sampled
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -89,6 +86,9 @@ class Policy(torch.nn.Module):
             add_adapters(model, config.lora_rank)
         if config.freeze_vision:
             freeze_vision(model)
+        # FSDP wants one type for all weights of a block.
+        keep_frozen = model.device.type == "cuda" and not torch.distributed.is_initialized()
+        train_in_fp32(model, keep_frozen)
 
     def ban(self, tokenizer, strings: list[str]) -> None:
         """Ban the tokens of these strings, too, which the processor takes for images."""
@@ -137,9 +137,10 @@ class Policy(torch.nn.Module):
             return self.prompt_states(with_token_types(batch, self.model))
 
     def autocast(self):
-        """On a GPU, where the weights are fp32 all the same, matrices are multiplied in bf16."""
+        """On a GPU, where what trains is fp32 all the same, matrices are multiplied in bf16."""
         device = self.model.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+        is_mixed = any(is_low(p) for p in self.model.parameters())
+        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or is_mixed)
 
     def model_logprobs(self, batch: MultimodalBatch) -> Tensor:
         """The same logprobs by the logits of the model's own forward pass, without a gradient."""
@@ -288,6 +289,22 @@ def logit_changes(model_config) -> list[dict]:
     cap = getattr(text, "final_logit_softcapping", None)
     pairs = dict.fromkeys([(scale, cap), (1.0, cap), (scale, None), (1.0, None)])
     return [{"scale": scale, "cap": cap} for scale, cap in pairs]
+
+
+def is_low(tensor: Tensor) -> bool:
+    """Whether its numbers are of less than 32 bits."""
+    return tensor.is_floating_point() and tensor.element_size() < 4
+
+
+def train_in_fp32(model, keep_frozen: bool) -> None:
+    """What trains in fp32: in bf16 most of a small update rounds to nothing (0.4 % of them moved).
+
+    What is frozen stays as it was loaded, for the sake of memory, if it may.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        is_kept = keep_frozen and not tensor.requires_grad
+        if is_low(tensor) and not is_kept:
+            tensor.data = tensor.data.float()
 
 
 def add_adapters(model, rank: int) -> None:

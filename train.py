@@ -70,7 +70,7 @@ class MultimodalGRPOTrainer:
         self.device = model.device
         self.optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], config.learning_rate,
-            weight_decay=config.weight_decay)
+            weight_decay=config.weight_decay, fused=model.device.type == "cuda")
 
         self.step = 0             # finished steps
         self.saved_step = 0       # that of the newest checkpoint

@@ -182,7 +182,8 @@ def load(path: Path, model, optimizer, config) -> tuple[int, str]:
     changes = ", ".join(config_changes(json.loads(state.get("config", "{}")), config))
     weights = state["unmerged"]
     if weights is None:
-        weights = type(model).from_pretrained(path, dtype=model.dtype).state_dict()
+        trained = next(p.dtype for p in model.parameters() if p.requires_grad)
+        weights = type(model).from_pretrained(path, dtype=trained).state_dict()
     try:
         sharded.set_state_dict(model, optimizer, model_state_dict=weights,
                                optim_state_dict=state["optimizer"], options=FULL)

@@ -68,7 +68,8 @@ class MultimodalRLConfig:
     clip_high: float = 0.2
     divide_by_std: bool = False             # advantages by the std of their group
     share_prompt: bool | None = None        # unset: decided per micro-batch, by counting work
-    gradient_checkpointing: bool = False    # less memory, but prompts cannot be shared
+    gradient_checkpointing: bool = False    # less memory, some more time
+    attn_implementation: str = ""           # "sdpa", "flash_attention_2", ...; unset: the model's own
     freeze_vision: bool = False             # train the language model alone
     lora_rank: int = 0                      # above 0: train adapters of linear layers (peft)
     temperature: float = 1.0

@@ -13,18 +13,24 @@ from support.ranks import join_ranks
 def load_model(config):
     """(model, processor) of config.model. The weights are fp32, for the sake of small updates.
 
+    On a GPU, where some of them are frozen, they have the type of the files: see train_in_fp32.
     ValueError if it is neither a folder that holds a model nor one of the Hugging Face hub, or one
     that transformers does not have itself.
     """
     use_gpu(trainer_gpu(config))
+    _, world = join_ranks()
+    on_one_gpu = torch.cuda.is_available() and world == 1
     transformers.logging.disable_progress_bar()  # an error is one line
     try:
         check_hub(config.model)
         kind = transformers.AutoConfig.from_pretrained(config.model, trust_remote_code=False)
         takes_images = type(kind) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         if takes_images:
+            some_are_frozen = config.lora_rank > 0 or config.freeze_vision
             model = transformers.AutoModelForImageTextToText.from_pretrained(
-                config.model, dtype=torch.float32, trust_remote_code=False)
+                config.model, trust_remote_code=False,
+                dtype="auto" if on_one_gpu and some_are_frozen else torch.float32,
+                attn_implementation=config.attn_implementation or None)
             processor = transformers.AutoProcessor.from_pretrained(
                 config.model, trust_remote_code=False)
     except Exception as error:  # of a broken file, of the network, or of a model's own code
@@ -32,8 +38,7 @@ def load_model(config):
     if not takes_images:
         raise ValueError(f"model: {config.model} is of model_type {kind.model_type!r}, for which "
                          "transformers has no model that sees images")
-    _, world = join_ranks()
-    if torch.cuda.is_available() and world == 1:  # else FSDP moves its shards
+    if on_one_gpu:  # else FSDP moves its shards
         model = model.cuda()
     return model, processor
 

@@ -26,7 +26,7 @@ from train import served
 ON_A_SERVER = ["llava-1.5", "qwen3-vl", "smolvlm"]  # of different tensor layouts
 PACKED = "minicpm-v-4.6"  # refused: its pixels lie side by side along the last dim
 TRAINED = [name for name in FAMILIES if name != PACKED]
-REFUSED = ["gemma3", PACKED]  # by the check
+REFUSED = ["gemma3", "lfm2-vl", "exaone4.5", PACKED]  # by the check
 UNSHARED = ["lfm2-vl", "qwen3.5"]  # their states, which are no cache of keys, cannot be forked
 
 
