@@ -13,6 +13,7 @@ import huggingface_hub
 
 from support import secret
 from support.gpus import entries_at
+from support.lock import owned
 from support.text import plain
 
 ROOT = Path(__file__).parent.parent  # where the server finds support.gloo
@@ -71,9 +72,14 @@ def layer_types(model: str) -> list[str]:
 
 
 def start_early(config, log: Path) -> None:
-    """Start the server before the trainer is ready for it, if start() would be called for sure."""
+    """Start the server before the trainer is ready for it, if start() would be called for sure.
+
+    ValueError if the run's folder is another process's or cannot be written.
+    """
     one_process = "RANK" not in os.environ and config.trainer_gpus <= 1
     if config.local and one_process:
+        with owned(config.run_dir):  # it is free, and can be written; the run will take it
+            pass
         with contextlib.suppress(OSError):  # which will be told when the trainer is ready
             check_port(config)
             EARLY[config.url] = start(config, log)
