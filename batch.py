@@ -52,14 +52,6 @@ def checked(name: str, value, kind: str, shape: tuple | None = None) -> Tensor:
 
 
 @dataclass
-class Fork:
-    """A batch that is cut where each row's first sampled token begins."""
-    prompts: dict[str, Tensor]      # model inputs (P, W_p), each prompt once, padded on the left
-    completions: dict[str, Tensor]  # model inputs (B, W_c), padded on the right
-    trained: Tensor                 # (B, W_c) bool: the loss mask of the completions
-
-
-@dataclass
 class MultimodalBatch:
     """One row per completion, and the images once per prompt. ValueError names a wrong tensor.
 
@@ -270,15 +262,14 @@ class MultimodalBatch:
         return [self.select(rows) for rows in rows_of if rows]
 
     def turns(self, size: int, ranks: int = 1) -> list[list["MultimodalBatch"]]:
-        """The micro-batches, dealt out: those of one turn are forwarded at once, one by each rank.
+        """What is forwarded, as a batch for each rank (or for some of them) and turn.
 
-        The ranks of a sharded model must make the same calls. So the micro-batches of a turn are
-        alike: all with images in prompts or all without, the same for replies, and neighbours in
-        length.
+        The ranks of a sharded model must make the same calls. So those of a turn are alike: all
+        with images in prompts or all without, the same for replies, and neighbours in length.
         """
         turns = []
         for kind in (True, True), (True, False), (False, True), (False, False):
-            alike = [micro for micro in self.micro_batches(size, ranks) if micro.shows() == kind]
+            alike = [chunk for chunk in self.chunks(size, ranks) if chunk.shows() == kind]
             turns += [alike[i:i + ranks] for i in range(0, len(alike), ranks)]
         return turns
 
@@ -288,25 +279,50 @@ class MultimodalBatch:
         counts = list(self.image_rows.values())
         return any(sum(c[:P]) > 0 for c in counts), any(sum(c[P:]) > 0 for c in counts)
 
-    def micro_batches(self, size: int, ranks: int = 1) -> list["MultimodalBatch"]:
-        """At most `size` completions each.
+    def chunks(self, size: int, ranks: int = 1) -> list["MultimodalBatch"]:
+        """The rows of one prompt, or those of several that are `size` rows together at most.
 
         They hold the rows that have a gradient: a token in the loss and an advantage. If no row
-        has one, a few rows are forwarded all the same, for the metrics. Rows of one prompt stay
-        together, prompts with the longest rows come first, and so neighbours are alike in length.
-        The size shrinks where some of the ranks would get nothing.
+        has one, a few rows are forwarded all the same, for the metrics. Prompts with the longest
+        rows come first, and so neighbours are alike in length.
+
+        With several ranks a prompt is in two chunks where some ranks would get nothing, or where
+        its replies have images: then a chunk is one piece, for all pieces of a turn must be alike.
         """
         trained = self.loss_mask.any(1)                                          # (B,)
         rows = (trained & (self.advantages != 0)).nonzero()[:, 0].tolist()
         if not rows:
             rows = trained.nonzero()[:size, 0].tolist()
         prompts, lengths = self.prompt_index.tolist(), self.attention_mask.sum(1).tolist()
-        longest = {}  # by prompt
-        for prompt, length in zip(prompts, lengths):
-            longest[prompt] = max(length, longest.get(prompt, 0))
-        rows.sort(key=lambda row: (-longest[prompts[row]], prompts[row], -lengths[row]))
-        size = max(1, min(size, math.ceil(len(rows) / ranks)))
-        return [self.select(rows[i:i + size]) for i in range(0, len(rows), size)]
+        rows_of = {}  # by prompt
+        for row in sorted(rows, key=lambda row: -lengths[row]):
+            rows_of.setdefault(prompts[row], []).append(row)
+        most = math.ceil(len(rows) / ranks)
+        if ranks > 1 and self.shows()[1]:
+            most = min(most, size)
+        chunks = [[]]
+        for group in rows_of.values():
+            if len(chunks[-1]) + len(group) > min(size, most):
+                chunks += [group[i:i + most] for i in range(0, len(group), most)]
+            else:
+                chunks[-1] += group
+        return [self.select(rows) for rows in chunks if rows]
+
+    def pieces(self, size: int) -> list["MultimodalBatch"]:
+        """The micro-batches: at most `size` rows each, trimmed to their longest.
+
+        They keep the images of the whole, and the numbers by which its prompts are known.
+        """
+        pieces = []
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            width = self.attention_mask[rows].sum(1).max()
+            tokens = {key: tensor[rows, :width] for key, tensor in self.token_tensors().items()}
+            pieces.append(self.with_fields(
+                **{name: getattr(self, name)[rows, :width] for name in PER_TOKEN},
+                **{name: getattr(self, name)[rows] for name in PER_ROW},
+                extra_model_kwargs=self.extra_model_kwargs | tokens, replies=self.replies[rows]))
+        return pieces
 
     def to(self, device) -> "MultimodalBatch":
         """The batch on this device."""
@@ -345,43 +361,55 @@ class MultimodalBatch:
         W_p = max(starts[row] for row in first_rows)
         W_c = max(end - start for start, end in zip(starts, ends))
         pair = 1 / (6 * hidden_size)
-        patches = torch.tensor(self.image_rows.get("pixel_values", [0] * P))
+        shown = self.row_segments()
+        patches = torch.tensor(self.image_rows.get("pixel_values", [0] * (1 + max(shown))))
         once = P * W_p * (1 + W_p * pair) + B * W_c * (1 + (W_p + W_c) * pair) + patches.sum()
-        alone = B * L * (1 + L * pair) + patches[self.row_segments()].sum()
+        alone = B * L * (1 + L * pair) + patches[shown].sum()
         return bool(once < 0.9 * alone)
 
-    def fork(self) -> Fork:
-        """The prompts and the completions as the two forward passes of a shared prompt need them.
+    def prompt_inputs(self) -> dict[str, Tensor]:
+        """Each prompt once: the model inputs (P, W_p), padded on the left.
 
-        A completion begins at its first token in the loss. ValueError if a row has none, or if a
-        prompt has no row.
+        A prompt ends before the first token in the loss of its rows. ValueError if one has no row.
 
         >>> ids = torch.tensor([[7, 8, 1, 2, 3], [7, 8, 4, 0, 0], [9, 5, 6, 0, 0]])
         >>> loss_mask = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 0, 0], [0, 1, 1, 0, 0]])
         >>> batch = MultimodalBatch(ids, ids.sign(), loss_mask, torch.zeros(3, 5), torch.zeros(3),
         ...                         prompt_index=torch.tensor([0, 0, 1]))
-        >>> fork = batch.fork()
-        >>> fork.prompts["input_ids"].tolist(), fork.completions["input_ids"].tolist()
-        ([[7, 8], [0, 9]], [[1, 2, 3], [4, 0, 0], [5, 6, 0]])
+        >>> batch.prompt_inputs()["input_ids"].tolist()
+        [[7, 8], [0, 9]]
+        >>> completions, trained = batch.completion_inputs()
+        >>> completions["input_ids"].tolist()
+        [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
         """
-        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask,
-                  **self.token_tensors()}
+        if len(self.prompt_index.unique()) <= self.prompt_index.max():
+            raise ValueError("prompt_index: a prompt has no row; select() numbers them anew")
+        starts, _ = self.spans()
+
+        def prompts(tensor: Tensor) -> Tensor:
+            pieces = [tensor[row, :starts[row]] for row in self.first_rows()]
+            return pad_sequence(pieces, batch_first=True, padding_side="left")
+
+        return {key: prompts(tensor) for key, tensor in self.token_inputs().items()}
+
+    def completion_inputs(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Each row from its first token in the loss on: model inputs (B, W_c), padded on the right.
+
+        And which of their tokens are in the loss, (B, W_c) bool. ValueError if a row has none.
+        """
         starts, ends = self.spans()
         if any(start == end for start, end in zip(starts, ends)):
             raise ValueError("loss_mask: a row without a token in the loss has no place where its "
                              "completion begins; select() the others")
-        if len(self.prompt_index.unique()) <= self.prompt_index.max():
-            raise ValueError("prompt_index: a prompt has no row; select() numbers them anew")
-        first_rows = self.first_rows()
 
-        def completions(tensor: Tensor) -> Tensor:  # (B, W_c)
+        def completions(tensor: Tensor) -> Tensor:
             pieces = [row[start:end] for row, start, end in zip(tensor, starts, ends)]
             return pad_sequence(pieces, batch_first=True)
 
-        def prompts(tensor: Tensor) -> Tensor:      # (P, W_p)
-            pieces = [tensor[row, :starts[row]] for row in first_rows]
-            return pad_sequence(pieces, batch_first=True, padding_side="left")
+        inputs = {key: completions(tensor) for key, tensor in self.token_inputs().items()}
+        return inputs, completions(self.loss_mask).bool()
 
-        return Fork(prompts={key: prompts(tensor) for key, tensor in inputs.items()},
-                    completions={key: completions(tensor) for key, tensor in inputs.items()},
-                    trained=completions(self.loss_mask).bool())
+    def token_inputs(self) -> dict[str, Tensor]:
+        """The (B, L) model inputs."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask,
+                **self.token_tensors()}

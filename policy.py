@@ -1,19 +1,24 @@
 """The model as a policy: the logprobs of sampled tokens, with each prompt forwarded once.
 
 A group of G completions shares one long prompt, most of it an image. The prompt is forwarded once
-for all its completions in a micro-batch, through the vision tower too. Its key-value cache is
-forked into one line per completion, and the gradients of all completions flow back through the
-cache and add up in the one prompt. The result is that of forwarding each completion with its own
-prompt, which is the other way here (row by row) and what the first is held against at start-up.
+for all its completions, in however many micro-batches, through the vision tower too. Its keys and
+values are forked into one line per completion; the gradients of all completions add up in them, and
+flow back through the one prompt at the end. The result is that of forwarding each completion with
+its own prompt, which is the other way here (row by row) and what the first is held against at
+start-up.
 
 What of the model trains is decided here, too: LoRA adapters, a frozen vision tower, FSDP shards.
 """
+import contextlib
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
 from tqdm import tqdm
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from batch import MultimodalBatch
@@ -22,6 +27,37 @@ from support.token_types import with_token_types
 
 FULL = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 LORA_SCALE = 2
+
+
+class Prompts(NamedTuple):
+    """P prompts that were forwarded, as their completions need them."""
+    tensors: list[Tensor]  # the last state of each (P, 1, H); keys, values of each layer (P, .., W_p, D)
+    mask: Tensor           # (P, W_p) 0 = padding, on the left
+    positions: Tensor      # ([3,] P, 1) that of the last token
+
+
+class StoredLayer(DynamicLayer):
+    """Keeps the keys and values of prompts. A layer that is recomputed for its gradient may call
+    it twice, as it may the next one: neither grows."""
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.keys, self.values, self.is_initialized = keys, values, True
+        return keys, values
+
+
+class ForkedLayer(DynamicLayer):
+    """Shows each completion the keys and values of its prompt, then its own."""
+
+    def __init__(self, keys: Tensor, values: Tensor, prompt_of: Tensor):
+        super().__init__()
+        self.keys, self.values, self.prompt_of = keys, values, prompt_of
+        self.is_initialized = True
+
+    def update(self, keys, values, *args, **kwargs):
+        prompt_keys = self.keys.to(keys.dtype)[self.prompt_of]            # (b, .., W_p, D)
+        prompt_values = self.values.to(values.dtype)[self.prompt_of]
+        return torch.cat([prompt_keys, keys], -2), torch.cat([prompt_values, values], -2)
 
 
 class Policy(torch.nn.Module):
@@ -47,7 +83,8 @@ class Policy(torch.nn.Module):
             for module in model.modules():  # they alone must be in training mode, not their parts
                 if isinstance(module, GradientCheckpointingLayer):
                     module.training = True
-        self.can_share = not config.gradient_checkpointing
+                    module._can_checkpoint_with_cache = True  # with ours: see StoredLayer
+        self.can_share = True
         if config.lora_rank:
             add_adapters(model, config.lora_rank)
         if config.freeze_vision:
@@ -58,13 +95,17 @@ class Policy(torch.nn.Module):
         ids = tokenizer.get_vocab()
         self.banned = sorted({*self.banned, *(ids[text] for text in strings if text in ids)})
 
-    def forward(self, batch: MultimodalBatch, share: bool) -> tuple[Tensor, Tensor]:
-        """(logprobs, entropies), both (b, L) fp32, and 0 where the loss mask is."""
+    def forward(self, batch: MultimodalBatch, share: bool,
+                prompts: Prompts | None = None) -> tuple[Tensor, Tensor]:
+        """(logprobs, entropies), both (b, L) fp32, and 0 where the loss mask is.
+
+        With share each prompt is forwarded once, here or, by shared_prompts(), before.
+        """
         batch = with_token_types(batch, self.model, self.completion_type)
         mask = batch.loss_mask.bool()                                     # (b, L)
         with self.autocast():
             if share:
-                states = self.shared_states(batch)                        # (N, H)
+                states = self.shared_states(batch, prompts or self.prompt_states(batch))  # (N, H)
             else:
                 states = self.row_states(batch)                           # (N, H)
             head = self.model.get_output_embeddings()
@@ -73,6 +114,27 @@ class Policy(torch.nn.Module):
                 scale=self.scale, cap=self.cap)
         return (logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs),
                 entropies.new_zeros(mask.shape).masked_scatter(mask, entropies))
+
+    @contextlib.contextmanager
+    def shared_prompts(self, batch: MultimodalBatch):
+        """Yields the prompts of a batch, forwarded once for all of its pieces().
+
+        They are cut off from their own computation. There the gradients of all that is computed
+        with them add up, in fp32; at the end they flow back through prompts and images, once.
+        """
+        prompts = self.read_prompts(batch)
+        leaves = [tensor.detach().float().requires_grad_(tensor.requires_grad)
+                  for tensor in prompts.tensors]
+        yield prompts._replace(tensors=leaves)
+        used = [(tensor, leaf.grad.to(tensor.dtype))
+                for tensor, leaf in zip(prompts.tensors, leaves) if leaf.grad is not None]
+        if used:
+            torch.autograd.backward(*zip(*used))
+
+    def read_prompts(self, batch: MultimodalBatch) -> Prompts:
+        """The prompts of a batch by a forward pass of their own."""
+        with self.autocast():
+            return self.prompt_states(with_token_types(batch, self.model))
 
     def autocast(self):
         """On a GPU, where the weights are fp32 all the same, matrices are multiplied in bf16."""
@@ -96,55 +158,62 @@ class Policy(torch.nn.Module):
                 "use_cache": False, **batch.token_tensors(),
                 **batch.images_of(batch.row_segments())}
 
-    def body(self, **inputs) -> tuple[Tensor, object]:
-        """(the last hidden state (b, L, H), the key-value cache), by the model without its head."""
+    def body(self, **inputs) -> Tensor:
+        """The last hidden state (b, L, H), by the model without its head."""
         body = self.model.base_model
         if body is self.model:  # some families have no module of all but the head
             inputs |= {"output_hidden_states": True, "logits_to_keep": 1}
-        output = body(**inputs)
-        if body is self.model:
-            return output.hidden_states[-1], output.past_key_values
-        return output.last_hidden_state, output.past_key_values
+            return body(**inputs).hidden_states[-1]
+        return body(**inputs).last_hidden_state
 
     def row_states(self, batch: MultimodalBatch) -> Tensor:
         """The hidden state before each token in the loss, every row with its own prompt; (N, H)."""
-        states, _ = self.body(**self.whole_rows(batch))                   # (b, L, H)
+        states = self.body(**self.whole_rows(batch))                      # (b, L, H)
         return states[:, :-1][batch.loss_mask[:, 1:].bool()]
 
-    def shared_states(self, batch: MultimodalBatch) -> Tensor:
-        """The same states, with each prompt and its images forwarded once; (N, H).
+    def prompt_states(self, batch: MultimodalBatch) -> Prompts:
+        """Each prompt and its images, forwarded once.
 
         Prompts are padded on the left, so that the last state of each is the one before the first
         token of all its completions.
         """
-        fork, prompt_of = batch.fork(), batch.prompt_index                # prompt_of: (b,)
-        P = len(fork.prompts["input_ids"])
-        images = batch.images_of(list(range(P)))
-        positions = self.positions(fork.prompts, images)                  # ([3,] P, W_p)
-        prompt_states, cache = self.body(                                 # (P, W_p, H), P lines
-            **fork.prompts, **images, position_ids=positions, use_cache=True)
-        cache.batch_select_indices(prompt_of)  # changes it in place: one line per completion, b
+        inputs = batch.prompt_inputs()                                    # (P, W_p) each
+        images = batch.images_of(list(range(len(inputs["input_ids"]))))
+        positions = self.positions(inputs, images)                        # ([3,] P, W_p)
+        cache = Cache(layer_class_to_replicate=StoredLayer)
+        states = self.body(**inputs, **images, position_ids=positions,    # (P, W_p, H)
+                           use_cache=True, past_key_values=cache)
+        tensors = [states[:, -1:]]
+        for layer in cache.layers:
+            tensors += [layer.keys, layer.values]
+        return Prompts(tensors, inputs["attention_mask"], positions[..., -1:])
 
-        # Wanted is the state before each of the W_c tokens: the prompt's last one, and those of all
-        # tokens but the last. A single token is forwarded all the same, for no model takes none.
-        W_c = fork.trained.shape[1]
+    def shared_states(self, batch: MultimodalBatch, prompts: Prompts) -> Tensor:
+        """The same states as row_states() by the completions alone, after their prompts; (N, H).
+
+        Wanted is the state before each of the W_c tokens: the prompt's last one, and those of all
+        tokens but the last. A single token is forwarded all the same, for no model takes none.
+        """
+        inputs, trained = batch.completion_inputs()                       # (b, W_c) each
+        prompt_of, W_c = batch.prompt_index, trained.shape[1]
+        last_states, *tensors = prompts.tensors
+        cache = Cache([ForkedLayer(keys, values, prompt_of)
+                       for keys, values in zip(tensors[::2], tensors[1::2], strict=True)])
         kept = max(W_c - 1, 1)
-        inputs = {key: tensor[:, :kept] for key, tensor in fork.completions.items()}
+        inputs = {key: tensor[:, :kept] for key, tensor in inputs.items()}
         own_mask = inputs.pop("attention_mask")                           # (b, kept)
-        prompt_mask = fork.prompts["attention_mask"][prompt_of]           # (b, W_p)
-        full_mask = torch.cat([prompt_mask, own_mask], 1)                 # (b, W_p + kept)
+        full_mask = torch.cat([prompts.mask[prompt_of], own_mask], 1)     # (b, W_p + kept)
         later_images = batch.images_of([s for row in batch.replies for s in row])
         if later_images:
-            own_positions = self.completion_positions(batch, kept)        # ([3,] b, kept)
+            positions = self.completion_positions(batch, kept)            # ([3,] b, kept)
         else:  # they count on from the prompt's last one
-            own_positions = positions[..., prompt_of, -1:] + own_mask.cumsum(1)
-        completion_states, _ = self.body(                                 # (b, kept, H)
-            **inputs, **later_images, attention_mask=full_mask, position_ids=own_positions,
+            positions = prompts.positions[..., prompt_of, :] + own_mask.cumsum(1)
+        states = self.body(                                               # (b, kept, H)
+            **inputs, **later_images, attention_mask=full_mask, position_ids=positions,
             use_cache=True, past_key_values=cache)
-
-        before_first = prompt_states[prompt_of, -1:]                      # (b, 1, H)
-        states = torch.cat([before_first, completion_states], 1)          # (b, 1 + kept, H)
-        return states[:, :W_c][fork.trained]                              # (N, H)
+        before_first = last_states[prompt_of].to(states.dtype)            # (b, 1, H)
+        states = torch.cat([before_first, states], 1)                     # (b, 1 + kept, H)
+        return states[:, :W_c][trained]                                   # (N, H)
 
     def positions(self, inputs: dict[str, Tensor], images: dict[str, Tensor]) -> Tensor:
         """Of token-level inputs (n, W): (n, W), or (3, n, W) of an M-RoPE model, which counts them."""
@@ -182,6 +251,7 @@ class Policy(torch.nn.Module):
                 fully_shard(module, mp_policy=precision)
         fully_shard(self, mp_policy=precision)
         register_fsdp_forward_method(self, "model_logprobs")
+        register_fsdp_forward_method(self, "read_prompts")
 
     def full_weights(self) -> dict[str, Tensor]:
         """Every weight of the model by name, with adapters merged.

@@ -29,6 +29,8 @@ from support.server_flags import server_config
 from support.text import plain, print_plainly
 
 STARTS = 3  # attempts at bringing a lost server back
+# How workers say that a weight is none of their model's, by its name or by its shape.
+NOT_ITS_WEIGHT = r"no module or parameter named|torch\.Size|size of tensor|dimension|shape"
 
 
 class Server:
@@ -115,7 +117,8 @@ class Server:
     def send(self, source: "CheckpointSource") -> None:
         """One whole update, checked by its version; ServerError if anything of it fails.
 
-        ValueError, before the server hears of it, if a weight is not finite.
+        ValueError, before the server hears of it, if a weight is not finite; and if its workers
+        have no such weight, which no other try would change.
 
         Requests in flight go on, with the new weights. Every cache is emptied: image features are
         keyed by the image alone, not by the vision tower that made them.
@@ -145,8 +148,10 @@ class Server:
                 raise RuntimeError(f"it serves {plain(served)!r}")
             self.engine, self.version = engine, source.version
         except (OSError, RuntimeError) as error:
-            raise ServerError(f"weights {source.version} did not reach {self.url}: "
-                              f"{self.refusal or error}") from error
+            message = f"weights {source.version} did not reach {self.url}: {self.refusal or error}"
+            if self.refusal and re.search(NOT_ITS_WEIGHT, str(self.refusal)):
+                raise ValueError(message) from error
+            raise ServerError(message) from error
 
     @contextlib.contextmanager
     def paused(self):

@@ -127,7 +127,7 @@ def test_chunked_logprobs_equal_log_softmax_with_its_gradients():
 def test_docstring_examples_run():
     """In a process of their own: here the server that is starting may print into an example."""
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts)
-             for path in (*ROOT.glob("*.py"), *ROOT.glob("support/*.py"))
+             for path in (*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("envs/*.py"))
              if ">>> " in path.read_text() and path.stem != "test_smoke"]
     code = ("import doctest, importlib, json, sys; print(json.dumps({name: doctest.testmod("
             "importlib.import_module(name)) for name in sys.argv[1:]}))")

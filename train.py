@@ -246,10 +246,12 @@ class MultimodalGRPOTrainer:
             on_lead(lambda: self.report_bad(batch))
         self.bad_steps = 0 if finite else self.bad_steps + 1
 
-        masks = [micro.attention_mask for turn in turns for micro in turn]
+        chunks = [chunk for turn in turns for chunk in turn]
+        masks = [piece.attention_mask for chunk in chunks
+                 for piece in chunk.pieces(config.micro_batch_size)]
         forwarded = max(1, sum(mask.numel() for mask in masks))
         padding = forwarded - sum(mask.sum().item() for mask in masks)
-        shared = sum(len(micro) for turn, share in zip(turns, shares) for micro in turn if share)
+        shared = sum(len(chunk) for turn, share in zip(turns, shares) for chunk in turn if share)
         return {"loss": loss, "grad_norm": norm, **means, "skipped": float(not finite),
                 "shared_fraction": shared / len(batch), "padding_fraction": padding / forwarded}
 
@@ -266,18 +268,24 @@ class MultimodalGRPOTrainer:
         _, token_sums = grpo_loss(empty, empty, empty, empty[0], empty, num_tokens=0, **options)
         sums = dict.fromkeys(["loss", *token_sums], 0.0)
         for turn, share in zip(turns, shares):
-            if self.rank < len(turn):
-                micro, weight = turn[self.rank], 1.0
-            else:  # this rank has none left, but must make the same calls as the others
-                micro, weight = turn[0], 0.0
-            micro = micro.to(self.device)
-            logprobs, entropies = self.policy(micro, share)
-            loss, token_sums = grpo_loss(
-                logprobs, entropies, micro.behavior_logprobs, micro.advantages, micro.loss_mask,
-                num_tokens, **options)
-            (loss * self.world * weight).backward()  # FSDP takes the mean over the ranks
-            for name, value in {"loss": loss, **token_sums}.items():
-                sums[name] += value.item() * weight
+            # Every rank makes as many calls as the one with the most rows; those that it makes
+            # beyond its own rows weigh nothing.
+            chunk = turn[self.rank % len(turn)].to(self.device)
+            pieces = chunk.pieces(self.config.micro_batch_size)
+            own = len(pieces) if self.rank < len(turn) else 0
+            calls = max(len(other.pieces(self.config.micro_batch_size)) for other in turn)
+            with (self.policy.shared_prompts(chunk) if share
+                  else contextlib.nullcontext()) as prompts:
+                for number in range(calls):
+                    micro = pieces[number % len(pieces)]
+                    weight = float(number < own)
+                    logprobs, entropies = self.policy(micro, share, prompts)
+                    loss, token_sums = grpo_loss(
+                        logprobs, entropies, micro.behavior_logprobs, micro.advantages,
+                        micro.loss_mask, num_tokens, **options)
+                    (loss * self.world * weight).backward()  # FSDP takes the mean over the ranks
+                    for name, value in {"loss": loss, **token_sums}.items():
+                        sums[name] += value.item() * weight
         sums = add_up(sums, self.device)
         loss, tokens = sums.pop("loss"), max(sums.pop("tokens"), 1)
         return loss, {name: value / tokens for name, value in sums.items()}

@@ -3,11 +3,14 @@
 Is the policy that is trained the model's own, and does no token see later ones (forward)? Does the
 server compute the same policy (server)? Does forwarding each prompt once change anything (sharing)?
 
-`python -m support.check MODEL [--server URL]` asks a real vLLM server whether a model can be
-trained. It sends prompts with 0, 1 and 2 images of odd sizes, compares prompt ids and logprobs with
-the trainer's, first as both have loaded the model, then after each of three weight updates, and
-holds conversations of four turns with an image each. One line per image count and weight version,
-one per other question, and a verdict; exit code 0 if the model is safe to train, 1 if not.
+`python -m support.check MODEL [--server URL] [flags of the server]` asks a real vLLM server whether
+a model can be trained. It sends prompts with 0, 1 and 2 images of odd sizes, compares prompt ids and
+logprobs with the trainer's, first as both have loaded the model, then after each of three weight
+updates, and holds conversations of four turns with an image each. One line per image count and
+weight version, one per other question, and a verdict, which says whose limit it is where prompts
+with some number of images are not possible; exit code 0 if the model is safe to train, 1 if not.
+`python -m support.check @ config.toml` asks for no server: it shows rows of the environment as the
+model will see them (support/rows.py).
 """
 import argparse
 import contextlib
@@ -17,6 +20,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import socket
 import sys
@@ -33,9 +37,11 @@ from adapter import MultimodalAdapter
 from batch import MultimodalBatch
 from policy import Policy, logit_changes
 from rollout import Environment, Generator
-from support import vllm_process
-from support.config import MultimodalRLConfig
+from support import rows, vllm_process
+from support.config import MultimodalRLConfig, add_keys, parse_override
 from support.loading import load_model
+from support.prompts import as_table
+from support.server_flags import flags_to_overrides
 from support.text import describe
 from sync import CheckpointSource, Server
 
@@ -136,7 +142,8 @@ def sharing(policy: Policy, micro: MultimodalBatch) -> None:
     try:
         torch.testing.assert_close(probe(policy, micro, share=True), alone, rtol=tolerance,
                                    atol=tolerance)
-    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:
         policy.can_share = False
         policy.zero_grad()
         reason = " ".join(str(error).split())[:200]
@@ -145,8 +152,9 @@ def sharing(policy: Policy, micro: MultimodalBatch) -> None:
 
 def probe(policy: Policy, micro: MultimodalBatch, share: bool) -> tuple[torch.Tensor, float]:
     """The (b, L) logprobs of a micro-batch, and the norm of the gradient of their sum."""
-    logprobs, _ = policy(micro, share)
-    logprobs.sum().backward()
+    with policy.shared_prompts(micro) if share else contextlib.nullcontext() as prompts:
+        logprobs, _ = policy(micro, share, prompts)
+        logprobs.sum().backward()
     norm = policy.clip_gradients(math.inf)
     policy.zero_grad()
     return logprobs.detach(), norm
@@ -250,7 +258,7 @@ def conversations(policy: Policy, adapter: MultimodalAdapter, config: Multimodal
         if images == 0:
             return f"not possible: {reason}"
         found = conversations(policy, adapter, config, images=0)
-        return f"{found}, with an image in the first alone ({reason})"
+        return f"{found}, with an image in the first alone ({limit(reason, config.inference_args)})"
     turns = min(len(replies) for replies in outputs.replies) + 1
     [worst] = largest_differences(policy, batch, [turns] * len(batch)).values()
     verdict = "exact" if worst <= tolerance(policy) else "NOT exact"
@@ -304,8 +312,9 @@ class Comparison:
             follow(self.policy, self.some_rows())
         for index, reason in failures(outputs.dropped).items():
             if COUNTS[index] not in self.refused:
-                self.refused[COUNTS[index]] = reason
-                self.report({"images": COUNTS[index], "not_possible": reason})
+                why = limit(reason, self.config.inference_args)
+                self.refused[COUNTS[index]] = why
+                self.report({"images": COUNTS[index], "not_possible": why})
         num_images = [len(images) for images in outputs.images]
         wrong = []
         for count, worst in largest_differences(self.policy, self.batch, num_images).items():
@@ -316,6 +325,15 @@ class Comparison:
         if not {1, 2} - self.refused.keys():
             wrong.append(f"prompts with images are refused: {self.refused[1]}")
         return "; ".join(wrong)
+
+    def verdict(self) -> str:
+        """What a model can be trained with that passed."""
+        if not self.refused:
+            return "safe to train"
+        possible = sorted({*COUNTS} - self.refused.keys())
+        counts = " or ".join([*map(str, possible[:-1]), images_text(possible[-1])])
+        limits = [f"{images_text(count)}: {why}" for count, why in sorted(self.refused.items())]
+        return "; ".join([f"safe to train with {counts}", *limits])
 
     def some_rows(self) -> MultimodalBatch:
         return self.batch.select(list(range(0, len(self.batch), 3))).to(self.model.device)
@@ -330,17 +348,37 @@ def failures(dropped: list[str]) -> dict[int, str]:
     return found
 
 
+def limit(reason: str, server_args: dict) -> str:
+    """Whose limit it is, if a prompt was refused for the number of its images; else the reason.
+
+    >>> limit("400 At most 1 image(s) may be provided", {"limit_mm_per_prompt": {"image": 4}})
+    'the server allows at most 1: vLLM takes no more of them with this model'
+    """
+    most = re.search(r"At most (\d+) image", reason)
+    if not most:
+        return reason
+    asked = as_table(server_args, "limit_mm_per_prompt").get("image")
+    if isinstance(asked, dict):  # with sizes, too
+        asked = asked.get("count")
+    if asked is None or str(asked) == most[1]:
+        return f"the server allows at most {most[1]}, by its flag --limit-mm-per-prompt"
+    return f"the server allows at most {most[1]}: vLLM takes no more of them with this model"
+
+
 def images_text(count: int) -> str:
     return f"{count} image" if count == 1 else f"{count} images"
 
 
 def main(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m support.check",
-                                     description="Can this model be trained?")
+    if words and words[0].startswith("@"):
+        return rows.main()
+    parser = argparse.ArgumentParser(
+        prog="python -m support.check", description="Can this model be trained?",
+        epilog="All other flags are those of the server, as sync.py takes them.")
     parser.add_argument("model", help="Hugging Face id or directory")
     parser.add_argument("--server", help="URL of a server that is up (default: start one)")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of text")
-    args = parser.parse_args(words)
+    args, server_words = parser.parse_known_args(words)
     if args.server:
         host, port = args.server.removeprefix("http://").rstrip("/").split(":")
     else:
@@ -358,15 +396,15 @@ def main(words: list[str]) -> int:
     folder = tempfile.mkdtemp(prefix="check-")
     safe = False
     try:
+        flags = {} if args.server else flags_for(args.model)
         config = MultimodalRLConfig(
             model=args.model, output_dir=folder, vllm_server_host=host, vllm_server_port=int(port),
             temperature=0.7, max_tokens=12, batch_size=4, rollouts_per_step=2, max_dropped=0.99,
-            inference_args={} if args.server else flags_for(args.model))
+            inference_args=flags | server_flags(server_words))
         comparison = Comparison(config, report)
         reason = comparison.run()
         safe = not reason
-        limits = [f"{images_text(count)}: {why}" for count, why in comparison.refused.items()]
-        verdict = "; but ".join(["safe to train", *limits])
+        verdict = comparison.verdict()
         if not server_is_exact(comparison.policy):
             verdict += (f", as far as {comparison.policy.server_dtype} tells: differences up to "
                         f"{tolerance(comparison.policy)} are taken for rounding")
@@ -385,6 +423,14 @@ def main(words: list[str]) -> int:
             verdict += f" (see {log})"
     report({"verdict": verdict})
     return 0 if safe else 1
+
+
+def server_flags(words: list[str]) -> dict:
+    """Flags of vLLM's, as inference.args; ValueError for a word that is none."""
+    values = {}
+    for override in flags_to_overrides(words):
+        add_keys(values, parse_override(override))
+    return values.get("inference_args", {})
 
 
 def flags_for(model: str) -> dict:

@@ -533,11 +533,11 @@ def test_a_fork_without_a_beginning_or_a_row_is_refused():
     one_prompt = MultimodalBatch(**tensors(prompt_index=torch.tensor([0, 0]),
                                            loss_mask=torch.tensor([[0, 0, 0, 0], [0, 0, 1, 0]])))
     with pytest.raises(ValueError, match="loss_mask: a row without a token in the loss"):
-        one_prompt.fork()
+        one_prompt.completion_inputs()
     gap = MultimodalBatch(**tensors(prompt_index=torch.tensor([0, 2])))
     with pytest.raises(ValueError, match="prompt_index: a prompt has no row"):
-        gap.fork()
-    assert gap.select([0, 1]).fork().prompts["input_ids"].tolist() == [[5, 6], [5, 6]]
+        gap.prompt_inputs()
+    assert gap.select([0, 1]).prompt_inputs()["input_ids"].tolist() == [[5, 6], [5, 6]]
 
 
 class GridAlone(MultimodalAdapter):
@@ -621,6 +621,47 @@ def test_banned_ids_leave_the_states_of_an_identity_head_alone(head):
     bias = torch.tensor([0, 0, 0, -100.0, 0, 0])
     assert torch.equal(hidden, before)
     assert torch.allclose(logprobs, (before + bias).log_softmax(-1)[range(4), targets], atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"scale": 0.25}, {"cap": 3.0, "scale": 2.0}, {"banned": [3, 7]}])
+@pytest.mark.parametrize("kind", ["plain", "bias", "lora"])
+def test_a_head_gives_the_gradients_of_its_logits(kind, options):
+    """Of its own formula where it is a linear layer, and of autograd where it is something else."""
+    def found(forward):
+        torch.manual_seed(0)
+        head, hidden = torch.nn.Linear(8, 40, bias=kind == "bias"), torch.randn(9, 8)
+        if kind == "lora":
+            head = peft_linear(head)
+        hidden.requires_grad_()
+        logprobs, entropies = forward(hidden, head)
+        (logprobs * torch.randn(9)).sum().backward()
+        return [logprobs, entropies, hidden.grad, *[p.grad for p in head.parameters()]]
+
+    def wanted(hidden, head):
+        logits = head(hidden) * options.get("scale", 1.0)
+        if "cap" in options:
+            logits = options["cap"] * torch.tanh(logits / options["cap"])
+        bias = torch.zeros(40)
+        bias[options.get("banned", [])] = -100
+        logprobs = ((logits + bias) / 0.7).log_softmax(-1)
+        return logprobs[range(9), targets], -(logprobs.exp() * logprobs).sum(-1)
+
+    targets = torch.arange(10, 19)
+    ours = found(lambda hidden, head: token_logprobs(
+        hidden, targets, head, 0.7, max_logits=160, **options))
+    for one, other in zip(ours, found(wanted), strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.allclose(one, other, atol=1e-5)
+
+
+def peft_linear(head):
+    """The layer with an adapter, as peft makes one of it."""
+    import peft
+    model = torch.nn.ModuleDict({"head": head})
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, target_modules=["head"], init_lora_weights=False), model)
+    return model["head"]
 
 
 @pytest.mark.parametrize("weights, bias", [("bf16", False), ("fp32", False), ("fp32", True)])

@@ -250,9 +250,28 @@ def test_a_run_trains_experts_and_tower_and_the_server_follows(checkpoints, name
         assert {n for n in before if part in n} & moved
 
 
+def test_a_limit_of_the_number_of_images_is_no_failure_of_the_others(checkpoints):
+    """The words of a real server are those of the test below."""
+    config = MultimodalRLConfig(model=str(checkpoints / "qwen2-vl"), inference_args={
+        "limit_mm_per_prompt": '{"image": 1}'})
+    comparison = check.Comparison(config, report=lambda record: None)
+    assert comparison.verdict() == "safe to train"
+    words = "400 At most 1 image(s) may be provided in one prompt."
+    comparison.refused = {2: check.limit(words, config.inference_args)}
+    assert comparison.verdict() == ("safe to train with 0 or 1 image; 2 images: the server allows "
+                                    "at most 1, by its flag --limit-mm-per-prompt")
+    own = {"limit_mm_per_prompt": {"image": {"count": 4, "width": 512}}}
+    assert check.limit(words, own).endswith("vLLM takes no more of them with this model")
+    comparison.refused = {0: "no", 2: "No"}
+    assert comparison.verdict() == "safe to train with 1 image; 0 images: no; 2 images: No"
+
+
 def test_the_check_says_what_the_server_says_of_weights_that_it_cannot_load(
         checkpoints, monkeypatch, capsys):
-    """At once, and the log is kept; the trainer itself only sees that nobody receives them."""
+    """At once, and the log is kept; the trainer itself only sees that nobody receives them.
+
+    This server allows a single image, which is none of the check's failures.
+    """
     weights = CheckpointSource.__iter__
 
     def with_one_more(self):
@@ -263,9 +282,10 @@ def test_the_check_says_what_the_server_says_of_weights_that_it_cannot_load(
     monkeypatch.setattr(CheckpointSource, "__iter__", with_one_more)
     monkeypatch.setattr(CheckpointSource, "metadata", lambda self: [
         ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self])
-    assert check.main([str(checkpoints / "qwen2-vl")]) == 1
+    assert check.main([str(checkpoints / "qwen2-vl"), "--limit-mm-per-prompt", '{"image": 1}']) == 1
     said = capsys.readouterr().out
-    assert "images: 2  weight_version: as loaded" in said and "weight_version: 0" in said
+    assert "images: 1  weight_version: as loaded" in said and "weight_version: 0" in said
+    assert "images: 2  not_possible: the server allows at most 1, by its flag --limit" in said
     verdict = said.splitlines()[-1]
     assert "do NOT train this model: weights 1 did not reach" in verdict
     assert "no module or parameter named 'nonsense'" in verdict

@@ -5,6 +5,7 @@ Faults of a foreign service are served by a small one here; all others are those
 import asyncio
 import contextlib
 import dataclasses
+import datetime
 import decimal
 import fractions
 import http.server
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy
@@ -30,6 +32,7 @@ import processes
 import sync
 from conftest import ROOT, TINY, free_port, make_trainer, noise
 from rollout import Environment, Failure, Generator, Job
+from support import gloo
 from support import http as server_http
 from support import other_server, owner, rewards, secret, server_flags, text, vllm_process
 from support.config import MultimodalRLConfig
@@ -577,6 +580,40 @@ def test_an_update_that_breaks_leaves_a_server_that_answers_and_says_so(server, 
     assert trainer.server.lease.served().startswith("None by run ")
     trainer.server.stop()
     assert len(trainer.roll_out()) == 32
+
+
+def test_weights_that_the_server_does_not_know_end_the_run_at_once(server, monkeypatch):
+    """No server that is started again would load them, and each try takes as long as a time-out."""
+    # That time-out is the trainer's, which waits for workers that receive no more.
+    monkeypatch.setattr(gloo, "timedelta", lambda seconds: datetime.timedelta(seconds=2))
+    trainer = make_trainer(**options_of(server))
+    monkeypatch.setattr(trainer.server, "restore", lambda: pytest.fail("it is no lost server"))
+    weights = [*trainer.source, ("model.nonsense.weight", torch.ones(3))]
+    with monkeypatch.context() as patch:
+        patch.setattr(sync.CheckpointSource, "__iter__", lambda self: iter(weights))
+        with pytest.raises(ValueError, match="weights 0 did not reach .* named 'nonsense'"):
+            trainer.on_server(lambda: None)
+    trainer.server.stop()
+    assert len(trainer.roll_out()) == 32
+
+
+@pytest.mark.parametrize("words, known", [  # as vLLM 0.32 and gloo have said them
+    ("Attempted to load weight (torch.Size([3])) into parameter (torch.Size([64]))", True),
+    ("start (0) + length (32) exceeds dimension size (3).", True),
+    ("Timed out waiting 15000ms for recv operation to complete", False),
+    ("CUDA out of memory. Tried to allocate 2.00 GiB", False)])
+def test_only_a_weight_that_is_none_of_the_models_is_not_sent_again(monkeypatch, words, known):
+    update = sync.Server(MultimodalRLConfig(model=TINY))
+
+    def refused(source):
+        update.refusal = server_http.Refusal(words, 500)
+        raise update.refusal
+
+    monkeypatch.setattr(update, "call", lambda *args, **kwargs: {})
+    monkeypatch.setattr(update.lease, "claim", lambda: None)
+    monkeypatch.setattr(update, "meet", refused)
+    with pytest.raises(ValueError if known else server_http.ServerError, match="did not reach"):
+        update.send(types.SimpleNamespace(version=0))
 
 
 def test_caches_are_cleaned_when_nothing_samples_with_the_old_weights_any_more(server):

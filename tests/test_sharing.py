@@ -1,44 +1,72 @@
 """The forked prompt cache where it must not be used, and the options that go with it."""
 import pytest
 import torch
-from transformers.cache_utils import DynamicCache
 
 from conftest import canned, gradients, make_trainer, noise, relative_difference
+from policy import ForkedLayer, StoredLayer
+from test_smoke import GROUPS as MIXTURES
 
 GROUPS = [([noise(56, 84)], [3, 6, 2, 4]), ([noise(84, 56), noise(56, 56, 1)], [5, 1, 3, 3])]
+LONG_GROUPS = [([noise(56, 84), noise(28, 56, 2)], [3, 6, 2, 4, 1, 2, 5, 3]), ([], [2, 3, 1]),
+               ([noise(84, 56, 1)], [5, 1, 3, 3, 2, 6, 4, 2])]
 
 
 def test_a_detached_cache_is_noticed_and_prompts_are_not_shared(monkeypatch, capsys):
     """Its logprobs are right, only the gradient of the prompt and its image would be lost."""
-    select = DynamicCache.batch_select_indices
-
-    def detach(self, indices):
-        select(self, indices)
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
-
-    monkeypatch.setattr(DynamicCache, "batch_select_indices", detach)
+    store = StoredLayer.update
+    monkeypatch.setattr(StoredLayer, "update", lambda self, keys, values, *args, **kwargs: store(
+        self, keys.detach(), values.detach(), *args, **kwargs))
     trainer = make_trainer(micro_batch_size=8)
     metrics = trainer.update(canned(trainer, GROUPS))
     assert metrics["shared_fraction"] == 0
     assert "prompts are not shared" in capsys.readouterr().out
 
 
-def test_a_model_that_cannot_fork_its_cache_goes_on_row_by_row(monkeypatch):
-    def refuse(self, indices):
-        raise NotImplementedError("no batch_select_indices for linear attention")
+@pytest.mark.parametrize("kind", [NotImplementedError, IndexError])
+def test_a_model_that_cannot_fork_its_cache_goes_on_row_by_row(monkeypatch, kind):
+    def refuse(self, *args, **kwargs):
+        raise kind("no such layer in linear attention")
 
-    monkeypatch.setattr(DynamicCache, "batch_select_indices", refuse)
+    monkeypatch.setattr(ForkedLayer, "update", refuse)
     trainer = make_trainer(micro_batch_size=8)
     outputs = canned(trainer, GROUPS)
     assert [trainer.update(outputs)["shared_fraction"] for _ in range(2)] == [0, 0]
 
 
-def test_gradient_checkpointing_gives_the_same_gradient_without_sharing():
-    plain, saving = make_trainer(), make_trainer(gradient_checkpointing=True)
-    outputs = canned(plain, GROUPS)
-    assert relative_difference(gradients(plain, outputs), gradients(saving, outputs)) < 1e-5
-    assert saving.update(outputs)["shared_fraction"] == 0
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"lora_rank": 4}])
+def test_a_prompt_and_its_image_are_forwarded_once_for_all_micro_batches(options):
+    """They were once per micro-batch: eight times with 32 completions, by 4."""
+    found = []
+    for size in (4, 8):
+        trainer = make_trainer(share_prompt=True, micro_batch_size=size, **options)
+        trainer.checked = True
+        seen = []
+        visual = trainer.model.base_model.visual
+        visual.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        found.append(gradients(trainer, canned(trainer, LONG_GROUPS)))
+        assert len(seen) == 1 + 2  # by canned(), and for the two prompts that have images
+    assert relative_difference(*found) < 1e-6
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_gradient_checkpointing_shares_prompts_and_gives_the_same_gradient(name):
+    alone, saving = (make_trainer(share_prompt=share, micro_batch_size=2,
+                                  gradient_checkpointing=share) for share in (False, True))
+    outputs = canned(alone, MIXTURES[name])
+    assert relative_difference(gradients(alone, outputs), gradients(saving, outputs)) < 1e-5
+    assert saving.update(outputs)["shared_fraction"] == 1
+
+
+def test_prompts_are_as_few_as_a_micro_batch_has_rows():
+    """However small the groups are, no more prompts than that are held at a time."""
+    trainer = make_trainer()
+    batch = trainer.build_batch(canned(trainer, [([noise(28, 28, i)], [2, 3]) for i in range(5)]))
+    assert [[len(chunk), len(chunk.first_rows())] for chunk in batch.chunks(4)] == [
+        [4, 2], [4, 2], [2, 1]]
+    assert [len(chunk) for chunk in batch.chunks(1)] == [2] * 5
+    assert [len(piece) for piece in batch.chunks(1)[0].pieces(1)] == [1, 1]
+    assert [len(chunk) for chunk in batch.chunks(4, ranks=4)] == [2] * 5
+    assert [len(chunk) for chunk in batch.chunks(4, ranks=10)] == [1] * 10
 
 
 def test_gradient_checkpointing_switches_no_dropout_on():
