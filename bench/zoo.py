@@ -123,9 +123,9 @@ def healthy_64_prompts():
     return []
 
 
-@row(options=("learning_rate=2e-6",))
+@row(options=("learning_rate=5e-5",))
 def healthy_slow():
-    """At a learning rate of 2e-6."""
+    """At a tenth of the learning rate."""
     return []
 
 
@@ -341,7 +341,7 @@ def old_prefix_cache():
     return [keeping("reset_prefix_cache")]
 
 
-@row(met_in="areal-project/AReaL#1634", twin="healthy-slow", options=("learning_rate=2e-6",),
+@row(met_in="areal-project/AReaL#1634", twin="healthy-slow", options=("learning_rate=5e-5",),
      guard="policy.py: Policy; test_a_bf16_checkpoint_is_trained_in_fp32")
 def bf16_weights():
     """The trainer's own weights are bf16, in which most of a small update rounds to nothing."""
