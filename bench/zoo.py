@@ -409,8 +409,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.table:
         carry_out_all(args.names or list(ZOO), args)
-    if not args.names:
-        DOC.write_text(with_table(DOC.read_text(), records()))
+    DOC.write_text(with_table(DOC.read_text(), records()))
 
 
 if __name__ == "__main__":
