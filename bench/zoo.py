@@ -97,6 +97,7 @@ def retokenised(build_batch, adapter, outputs):
         text = adapter.tokenizer.decode(ids[:len(ids) - len(end)])
         outputs.completion_ids[row] = adapter.token_ids(text) + end
         outputs.completion_mask[row] = [1] * len(outputs.completion_ids[row])
+        outputs.completion_versions[row] = [None] * len(outputs.completion_ids[row])
     return build_batch(adapter, outputs)
 
 
@@ -199,6 +200,7 @@ ZOO = {  # by name: the twins; bugs of images, tokens, sampling, weights, loss a
     "healthy": Run(),
     "healthy-at-0.7": Run(options=("temperature=0.7",)),
     "healthy-at-1.5": Run(options=("temperature=1.5",)),            # other words than the four
+    "healthy-row-by-row": Run(options=("temperature=1.5", "share_prompt=false")),
     "healthy-64-prompts": Run(options=("env.args.num_train=64",)),  # every fourth step again
     "healthy-slow": Run(options=("learning_rate=5e-5",)),
     "healthy-small-batches": Run(options=("micro_batch_size=16",)),
@@ -215,7 +217,7 @@ ZOO = {  # by name: the twins; bugs of images, tokens, sampling, weights, loss a
 
     "retokenised": Run(in_batch(retokenised), "healthy-at-1.5"),
     "sampled-placeholders": Run(((policy_module, "vision_token_ids", lambda *_: []),
-                                 (Policy, "ban", lambda *_: None)), "healthy-at-1.5"),
+                                 (Policy, "ban", lambda *_: None)), "healthy-row-by-row"),
     "end-masked": Run(in_batch(end_masked), "healthy"),
 
     "raw-logprobs": Run((), "healthy-at-0.7", flags=(
@@ -286,7 +288,7 @@ def carry_out(name: str, way: str, config) -> dict:
                 trainer = alive.enter_context(train.served(config))
                 trainer.train()
         except Exception as error:  # an alarm, or what the bug broke
-            ended = re.sub(r"http://\S+?(:| |$)", r"the server\1", describe(error))[:400]
+            ended = re.sub(r"http://[\w.:]+\w", "the server", describe(error))[:400]
         lines, accuracy = [], None
         if trainer and trainer.step:
             path = config.run_dir / "metrics.jsonl"
@@ -358,7 +360,8 @@ ALARMS = {  # what an error says -> what it is called in the table
     "the chat template writes": "places of images",
     "processor and server (": "prompt ids",
     "one logprob for each sampled": "lengths of ids and logprobs",
-    "Image features and image tokens": "error of transformers"}
+    "Image features and image tokens": "error of the model",
+    "StopIteration": "error of the processor"}
 
 
 def alarm(record: dict) -> str:
