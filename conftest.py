@@ -22,6 +22,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 sys.path.append(str(Path(__file__).parent / "tests"))  # as pytest does, for scripts that import this
+import loss
 import processes
 from adapter import MultimodalAdapter
 from rollout import GenerateOutputs, Reply, Rollout
@@ -120,6 +121,18 @@ def relative_difference(a: dict, b: dict) -> float:
     assert a.keys() == b.keys()
     return (sum((a[n] - b[n]).square().sum() for n in a)
             / sum(a[n].square().sum() for n in a)).sqrt().item()
+
+
+def loss_of(ratios: list[float], advantage: float, grpo_loss=loss.grpo_loss, **options):
+    """(loss, gradient of each logprob, sums) of one completion whose tokens have these ratios."""
+    behavior = torch.full((1, len(ratios)), -2.0)
+    logprobs = (behavior + torch.tensor([ratios]).log()).requires_grad_()
+    options = MultimodalRLConfig(**options).loss_options()
+    total, sums = grpo_loss(logprobs, torch.zeros_like(behavior), behavior,
+                            torch.tensor([advantage]), torch.ones_like(behavior), len(ratios),
+                            **options)
+    total.backward()
+    return total.item(), logprobs.grad[0].tolist(), sums
 
 
 def pytest_addoption(parser):
