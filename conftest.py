@@ -22,9 +22,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 sys.path.append(str(Path(__file__).parent / "tests"))  # as pytest does, for scripts that import this
-import loss
 import processes
 from adapter import MultimodalAdapter
+from loss import grpo_loss
 from rollout import GenerateOutputs, Reply, Rollout
 from support.config import MultimodalRLConfig, load_config
 from support.owner import Lease
@@ -123,14 +123,13 @@ def relative_difference(a: dict, b: dict) -> float:
             / sum(a[n].square().sum() for n in a)).sqrt().item()
 
 
-def loss_of(ratios: list[float], advantage: float, grpo_loss=loss.grpo_loss, **options):
+def loss_of(ratios: list[float], advantage: float, **options) -> tuple[float, list, dict]:
     """(loss, gradient of each logprob, sums) of one completion whose tokens have these ratios."""
     behavior = torch.full((1, len(ratios)), -2.0)
     logprobs = (behavior + torch.tensor([ratios]).log()).requires_grad_()
-    options = MultimodalRLConfig(**options).loss_options()
     total, sums = grpo_loss(logprobs, torch.zeros_like(behavior), behavior,
                             torch.tensor([advantage]), torch.ones_like(behavior), len(ratios),
-                            **options)
+                            **MultimodalRLConfig(**options).loss_options())
     total.backward()
     return total.item(), logprobs.grad[0].tolist(), sums
 
