@@ -376,7 +376,9 @@ class MultimodalGRPOTrainer:
         metrics = {**metrics, "tokens_per_second": metrics["tokens"] / spent,
                    "staleness": statistics.mean(ages), "staleness_max": max(ages), **seconds}
         self.seconds = {}
-        on_lead(lambda: self.records.write_step(metrics, outputs, self.tokenizer))
+        same_weights = max(ages) == 0 and self.config.updates_per_rollout == 1
+        largest_kl = self.config.kl_warning or check.largest_kl(self.policy, same_weights)
+        on_lead(lambda: self.records.write_step(metrics, outputs, self.tokenizer, largest_kl))
         self.bar.set_postfix({name: metrics[name] for name in SHOWN}, refresh=False)
         self.bar.update()
 

@@ -71,6 +71,14 @@ def tolerance(policy: Policy) -> float:
     return 5e-5 if server_is_exact(policy) else 0.5
 
 
+def largest_kl(policy: Policy, same_weights: bool) -> float:
+    """The mismatch KL of a step from which something is wrong, unless the config says another.
+
+    Between equal weights in fp32 it is that of rounding, 1e-12 or less. Else it has its uses, too.
+    """
+    return 1e-5 if same_weights and server_is_exact(policy) else 0.05
+
+
 def forward(policy: Policy, micro: MultimodalBatch) -> dict[str, float]:
     """Refuse a policy that is not its model: {"forward": |difference of logprobs|, "causal": ...}.
 

@@ -82,7 +82,8 @@ class MultimodalRLConfig:
     max_concurrent: int = 128               # requests (prompts) in flight
     max_dropped: float = 0.5                # share of a step's completions that may fail
     mask_truncated: bool = False            # leave completions cut by max_tokens out of the loss
-    kl_warning: float = 0.05                # mismatch KL of a step from which to warn
+    kl_warning: float | None = None         # mismatch KL of a step from which to warn; unset: 0.05,
+                                            # or 1e-5 where equal weights differ by fp32 alone
     async_steps: int = 1                    # rollouts ahead of the trainer; 0 = exactly on-policy
     sync_to_vllm_every: int = 1             # steps; 0 = never, on purpose
     log_every_steps: int = 10               # rollouts are written; of first and last step, too

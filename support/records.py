@@ -56,8 +56,8 @@ class Records:
         if self.wandb:
             self.wandb.log(metrics, step=metrics["step"])
 
-    def write_step(self, metrics: dict[str, float], outputs, tokenizer) -> None:
-        """The metrics of a step, and what went wrong in it.
+    def write_step(self, metrics: dict[str, float], outputs, tokenizer, largest_kl: float) -> None:
+        """The metrics of a step, and what went wrong in it: a mismatch KL above the largest, too.
 
         Of the first step, of the last, and every log_every_steps some rollouts, too.
         """
@@ -65,7 +65,7 @@ class Records:
         self.write(metrics)
         for reason, count in collections.Counter(outputs.dropped).most_common(3):
             tqdm.write(f"step {step}: {count} completions dropped: {reason[:300]}")
-        if not metrics["kl"] <= self.config.kl_warning:  # NaN is not
+        if not metrics["kl"] <= largest_kl:  # NaN is not
             tqdm.write(f"step {step}: mismatch KL {metrics['kl']:.2g}, usually from {CAUSES}")
         if step % self.config.log_every_steps == 0 or step in (1, self.config.max_steps):
             with said_if_not_written(f"rollouts of step {step}"):

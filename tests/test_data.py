@@ -739,7 +739,7 @@ def test_a_nan_shows_in_the_loss_and_in_every_guard(capsys):
     outputs = canned(make_trainer(), [([], [1, 1])])
     trainer.records.folder.mkdir(parents=True, exist_ok=True)
     trainer.records.write = lambda metrics: None
-    trainer.records.write_step({"step": 2, "kl": math.nan}, outputs, trainer.tokenizer)
+    trainer.records.write_step({"step": 2, "kl": math.nan}, outputs, trainer.tokenizer, 0.05)
     assert "mismatch KL nan" in capsys.readouterr().out
 
 

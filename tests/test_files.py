@@ -129,7 +129,7 @@ def test_a_key_that_is_younger_than_the_checkpoint_had_its_default(tmp_path, cap
     capsys.readouterr()
     make_trainer(output_dir=str(tmp_path), resume=True, temperature=0.5, kl_warning=0.2)
     said = capsys.readouterr().out
-    assert "other values than it had until then: kl_warning: 0.05 -> 0.2\n" in said
+    assert "other values than it had until then: kl_warning: null -> 0.2\n" in said
 
 
 def test_a_checkpoint_of_more_gpus_is_resumed_on_fewer(tmp_path, monkeypatch):
@@ -799,7 +799,7 @@ def test_a_mismatch_that_is_no_number_is_warned_of(tmp_path, capsys):
     trainer = new_run(tmp_path)
     outputs = SimpleNamespace(dropped=[])
     for kl, warned in ((math.nan, True), (0.06, True), (0.04, False)):
-        trainer.records.write_step({"step": 2, "kl": kl}, outputs, None)
+        trainer.records.write_step({"step": 2, "kl": kl}, outputs, None, 0.05)
         assert ("mismatch KL" in capsys.readouterr().out) == warned
 
 

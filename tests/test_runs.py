@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from conftest import PYTHON, ROOT, TINY, free_port, noise
+from policy import Policy
 from rollout import Environment, Generator
 from support.config import MultimodalRLConfig
 from support.http import is_healthy
@@ -69,6 +70,28 @@ def test_a_server_that_is_up_is_used_again_and_left_running(server, tmp_path):
         assert all(line["kl"] < 1e-6 for line in metrics(config))
     assert is_healthy(server.url)
     assert not list(tmp_path.glob("*-vllm.log"))
+
+
+def test_half_a_sync_is_warned_of_at_once(server, tmp_path, monkeypatch, capsys):
+    """A mismatch far below what rollouts ahead have anyway: here equal weights differ by 1e-13."""
+    full_weights = Policy.full_weights
+    at_first = {}
+
+    def without_a_tower(policy):
+        weights = full_weights(policy)
+        for name in weights:
+            if ".visual." in name:
+                weights[name] = at_first.setdefault(name, weights[name].clone())
+        return weights
+
+    monkeypatch.setattr(Policy, "full_weights", without_a_tower)
+    config = dataclasses.replace(server, output_dir=str(tmp_path), max_steps=4)
+    with served(config) as trainer:
+        trainer.train()
+    kl = [line["kl"] for line in metrics(config)]
+    said = capsys.readouterr().out
+    assert kl[0] < 1e-6 and 1e-5 < kl[3] < 0.05
+    assert "step 1: mismatch" not in said and "step 4: mismatch KL" in said
 
 
 def test_a_proxy_of_the_site_is_not_asked_for_the_server(server, tmp_path, monkeypatch):
