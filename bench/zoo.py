@@ -293,7 +293,8 @@ def carry_out(name: str, way: str, config) -> dict:
         if trainer and trainer.step:
             path = config.run_dir / "metrics.jsonl"
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            accuracy = round(held_out_accuracy(trainer), 4)
+            with patched(*ALARMS_OFF):  # a server with a bug may be asked all the same
+                accuracy = round(held_out_accuracy(trainer), 4)
     steps = [line for line in lines if "loss" in line]
     warned = [int(text.split()[1].rstrip(":")) for text in said if "mismatch KL" in text]
     compared = [text for text in said if text.startswith("trainer and server")]
