@@ -337,7 +337,7 @@ def merge_adapters(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if ".lora_A." in name:
             b = weights[name.replace("_A.", "_B.")]
             target = name.replace(".lora_A.default", "")
-            merged[target] = merged[target] + LORA_SCALE * b @ a
+            merged[target] = (merged[target] + LORA_SCALE * b @ a).to(merged[target].dtype)
     return merged
 
 

@@ -18,6 +18,7 @@ LAYOUTS = {  # config file -> (backend, flags of the server, GPUs of the server)
     "config.toml": ("gloo", {"tensor_parallel_size": 1, "dtype": "float32"}, 0),
     "configs/geometry3k-qwen2.5-vl-7b.toml": ("nccl", {"data_parallel_size": 4}, 4),
     "configs/grid.toml": ("gloo", {"tensor_parallel_size": 1, "dtype": "float32"}, 0),
+    "configs/qwen2-vl-2b-24gb.toml": ("ipc", {"enable_sleep_mode": True}, 1),
     "configs/qwen2-vl-2b-shared-gpu.toml": ("ipc", {"enable_sleep_mode": True}, 1),
     "configs/qwen2-vl-7b.toml": ("nccl", {"tensor_parallel_size": 1}, 1),
     "configs/qwen2-vl-7b-node.toml": ("nccl", {"data_parallel_size": 4}, 4),

@@ -1,0 +1,49 @@
+"""What the configs say of memory is what counting on the meta device says."""
+import tomllib
+
+import pytest
+import torch
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from bench.scaling import SHAPES
+from conftest import ROOT
+from policy import add_adapters, train_in_fp32
+from support.config import load_config
+
+
+def counted(size: str, rank: int) -> tuple[float, float]:
+    """(GB of weights, GB of what trains beside them: gradients and two moments) of Qwen2-VL."""
+    hidden, layers, heads, kv_heads, intermediate, vocabulary, tied = SHAPES[size]
+    with torch.device("meta"):
+        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(
+            text_config={"hidden_size": hidden, "num_hidden_layers": layers,
+                         "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+                         "intermediate_size": intermediate, "vocab_size": vocabulary},
+            vision_config={"hidden_size": hidden, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+            tie_word_embeddings=tied)).to(torch.bfloat16)  # as its files have it
+        if rank:
+            add_adapters(model, rank)
+        train_in_fp32(model, keep_frozen=True)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return weights / 1e9, trained / 1e9
+
+
+@pytest.mark.parametrize("name, size, gpu, rank", [
+    ("qwen2-vl-7b", "7B", 80, 64), ("qwen2-vl-2b-24gb", "2B", 24, 32),
+    ("qwen2-vl-2b-shared-gpu", "2B", 80, 0)])
+def test_a_config_fits_its_gpu_by_the_sum_that_it_states(name, size, gpu, rank):
+    path = ROOT / "configs" / f"{name}.toml"
+    config = load_config(str(path))
+    assert config.lora_rank == rank and config.trainer_gpus <= 1
+    weights, trained = counted(size, rank)
+    text = " ".join(path.read_text().replace("\n# ", " ").split())
+    assert f"{weights:.1f} GB of weights" in text
+    assert f"{trained:.1f} GB of gradients and moments" in text
+    sent = weights if rank else 0  # merged, in the type of the files, beside the adapted ones
+    server = 0.0
+    if config.trainer_gpus == 0:  # its own weights fit in its share
+        share = tomllib.loads(path.read_text())["inference"]["args"]["gpu_memory_utilization"]
+        server = share * gpu
+        assert counted(size, 1)[0] < 0.8 * server
+    assert weights + trained + sent + server < gpu * 0.9  # the rest is for activations
