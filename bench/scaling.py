@@ -43,10 +43,15 @@ class Model:
     total: int
 
 
-def count(text: dict, vision: dict, tied: bool) -> Model:
+def on_meta(text: dict, vision: dict, tied: bool) -> Qwen2VLForConditionalGeneration:
+    """A model without memory for its weights."""
     with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(
+        return Qwen2VLForConditionalGeneration(Qwen2VLConfig(
             text_config=text, vision_config=vision, tie_word_embeddings=tied))
+
+
+def count(text: dict, vision: dict, tied: bool) -> Model:
+    model = on_meta(text, vision, tied)
 
     def size(module) -> int:
         return sum(p.numel() for p in module.parameters())
@@ -58,12 +63,13 @@ def count(text: dict, vision: dict, tied: bool) -> Model:
                  4 * layers * kv_size, size(model))
 
 
-def published(name: str) -> Model:
+def published(name: str) -> tuple[dict, dict, bool]:
+    """(text, vision, tied) of Qwen2-VL in this size."""
     hidden, layers, heads, kv_heads, intermediate, vocabulary, tied = SHAPES[name]
-    return count({"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-                  "num_key_value_heads": kv_heads, "intermediate_size": intermediate,
-                  "vocab_size": vocabulary},
-                 {"hidden_size": hidden, "embed_dim": 1280, "depth": 32, "num_heads": 16}, tied)
+    return ({"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+             "num_key_value_heads": kv_heads, "intermediate_size": intermediate,
+             "vocab_size": vocabulary},
+            {"hidden_size": hidden, "embed_dim": 1280, "depth": 32, "num_heads": 16}, tied)
 
 
 def work(model: Model, prompts: int, group: int, prompt: int, completion: int,
@@ -118,7 +124,7 @@ def planned() -> list[str]:
              "sampled tokens/s per server GPU | sync, s | train / rollout / step, s |",
              "|---|---|---|---|---|---|---|---|---|"]
     for name in SHAPES:
-        model = published(name)
+        model = count(*published(name))
         for gpus in (2, 8, 64):
             start = f"| {name} ({model.total / 1e9:.2f}) | {gpus // 2} + {gpus // 2} |"
             plans = ((how, plan(model, gpus, how)) for how in ("all", "LoRA", "checkpointed"))

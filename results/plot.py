@@ -18,25 +18,18 @@ GRID = {"grid-seed-0": "seed 0", "grid-seed-1": "seed 1", "grid-seed-2": "seed 2
 
 
 def main():
-    draw("colors.svg", "eval/reward", COLORS)
-    draw("grid.svg", "eval/success", GRID)
-    draw_forks("forks.svg", "eval/accuracy")
-
-
-def draw(picture: str, metric: str, runs: dict[str, str]) -> None:
-    """A share between 0 and 1 per step, of the runs {file: label}."""
-    curves = {}
-    for name, label in runs.items():
-        curves[label] = [(line["step"], line[metric]) for line in lines_of(name) if metric in line]
-    (HERE / picture).write_text(chart(curves, percent=True) + "\n")
-
-
-def draw_forks(picture: str, metric: str) -> None:
-    """The same of the runs of forks, which share a file."""
-    curves = {}
+    draw("colors.svg", "eval/reward", {label: lines_of(name) for name, label in COLORS.items()})
+    draw("grid.svg", "eval/success", {label: lines_of(name) for name, label in GRID.items()})
+    forks = {}  # they share a file
     for line in lines_of("forks"):
-        if metric in line:
-            curves.setdefault(line["fork"], []).append((line["step"], line[metric]))
+        forks.setdefault(line["fork"], []).append(line)
+    draw("forks.svg", "eval/accuracy", forks)
+
+
+def draw(picture: str, metric: str, runs: dict[str, list[dict]]) -> None:
+    """A share between 0 and 1 per step, of the runs {label: lines of metrics}."""
+    curves = {label: [(line["step"], line[metric]) for line in lines if metric in line]
+              for label, lines in runs.items()}
     (HERE / picture).write_text(chart(curves, percent=True) + "\n")
 
 

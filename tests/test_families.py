@@ -199,7 +199,7 @@ def test_merged_adapters_are_the_adapted_model(checkpoints, name, capsys):
     assert not any(".router" in n or ".gate." in n for n in adapters)
     with torch.no_grad():
         for parameter in adapters.values():
-            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=random))
+            parameter.copy_(0.025 * torch.randn(parameter.shape, generator=random))
     batch = trainer.build_batch(outputs_of(trainer))
     other = make_trainer(str(checkpoints / name))
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_merged_adapters_are_the_adapted_model(checkpoints, name, capsys):
         other.model.load_state_dict(trainer.policy.full_weights())
         merged, adapted = (t.policy(batch, share=False)[0] for t in (other, trainer))
     rounding = 5e-5 if name in ("gemma4", "qwen3.5") else 1e-5  # they make more of what is rounded
-    assert (merged - adapted).abs().max() < rounding < 5e-3 < (before - adapted).abs().max()
+    assert (merged - adapted).abs().max() < rounding < 1e-2 < (before - adapted).abs().max()
     has_experts = any(p.dim() == 3 and ".experts." in n
                       for n, p in trainer.model.named_parameters())
     assert ("weights of the experts are not trained" in capsys.readouterr().out) == has_experts

@@ -1,11 +1,8 @@
 """What the configs say of memory is what counting on the meta device says."""
-import tomllib
-
 import pytest
 import torch
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from bench.scaling import SHAPES
+from bench.scaling import on_meta, published
 from conftest import ROOT
 from policy import add_adapters, train_in_fp32
 from support.config import load_config
@@ -13,14 +10,8 @@ from support.config import load_config
 
 def counted(size: str, rank: int) -> tuple[float, float]:
     """(GB of weights, GB of what trains beside them: gradients and two moments) of Qwen2-VL."""
-    hidden, layers, heads, kv_heads, intermediate, vocabulary, tied = SHAPES[size]
+    model = on_meta(*published(size)).to(torch.bfloat16)  # as its files have it
     with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(
-            text_config={"hidden_size": hidden, "num_hidden_layers": layers,
-                         "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-                         "intermediate_size": intermediate, "vocab_size": vocabulary},
-            vision_config={"hidden_size": hidden, "embed_dim": 1280, "depth": 32, "num_heads": 16},
-            tie_word_embeddings=tied)).to(torch.bfloat16)  # as its files have it
         if rank:
             add_adapters(model, rank)
         train_in_fp32(model, keep_frozen=True)
@@ -43,7 +34,6 @@ def test_a_config_fits_its_gpu_by_the_sum_that_it_states(name, size, gpu, rank):
     sent = weights if rank else 0  # merged, in the type of the files, beside the adapted ones
     server = 0.0
     if config.trainer_gpus == 0:  # its own weights fit in its share
-        share = tomllib.loads(path.read_text())["inference"]["args"]["gpu_memory_utilization"]
-        server = share * gpu
+        server = config.inference_args["gpu_memory_utilization"] * gpu
         assert counted(size, 1)[0] < 0.8 * server
     assert weights + trained + sent + server < gpu * 0.9  # the rest is for activations
