@@ -10,12 +10,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from conftest import ROOT, free_port, noise
+from conftest import ROOT, free_port, noise, processes_with
 from envs import answers
 from rollout import load_environment
 from support import check
@@ -308,11 +309,16 @@ def test_a_row_that_lacks_its_image_is_found_where_no_text_says_that_it_has_one(
 
 
 def test_a_run_on_broken_data_ends_in_one_line_and_stops_its_server(tmp_path):
+    port = free_port()
     path = write(tmp_path, [ROW, {**ROW, "answer": None}])
     done = subprocess.run(
         [sys.executable, "train.py", "@", str(ROOT / "config.toml"), "env.id=dataset",
-         f"env.args.train={path}", f"output_dir={tmp_path}/out", f"vllm_server_port={free_port()}"],
+         f"env.args.train={path}", f"output_dir={tmp_path}/out", f"vllm_server_port={port}"],
         cwd=ROOT, capture_output=True, text=True, timeout=120)
+    deadline = time.monotonic() + 20
+    while processes_with(f"--port {port}"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.splitlines()[-1] == (f"error: environment 'dataset': {path}, line 2, "
                                             "column `answer`: there is no answer")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import PYTHON, ROOT, TINY, free_port, noise
+from conftest import PYTHON, ROOT, TINY, free_port, noise, processes_with
 from policy import Policy
 from rollout import Environment, Generator
 from support.config import MultimodalRLConfig
@@ -24,19 +24,6 @@ from train import served
 def metrics(config) -> list[dict]:
     path = Path(config.output_dir, config.run_name, "metrics.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def processes_with(word: str) -> list[str]:
-    """Command lines of the running processes that mention the word."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes().decode(errors="replace").replace("\0", " ")
-        except OSError:
-            continue
-        if word in command and "pytest" not in command:
-            found.append(command)
-    return found
 
 
 @pytest.mark.slow
