@@ -13,6 +13,7 @@ from pathlib import Path
 
 import tomli
 
+from support.gpus import has_gpu
 from support.text import plain
 
 # Where a key stands in the file -> its field. All other fields are keys of [trainer.args].
@@ -163,10 +164,7 @@ class MultimodalRLConfig:
     @property
     def server_gpus(self) -> int:
         """How many GPUs a server that we start gets; 0 is a CPU."""
-        import torch  # late, for the first line of a run shall not wait for it
-        if not torch.cuda.is_available():
-            return 0
-        return max(1, self.inference_gpus)
+        return max(1, self.inference_gpus) if has_gpu() else 0
 
     @property
     def backend(self) -> str:

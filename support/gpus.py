@@ -2,13 +2,23 @@
 
 The server gets the first entries of that list, and the trainer's ranks the ones after them, one
 each. Entries may be numbers, names (GPU-...) or MIG instances (MIG-...).
+
+torch is imported where it is needed: a server starts before that import, which takes seconds.
 """
 import os
 import re
-
-import torch
+import sys
+from importlib.metadata import version
 
 USERS_LISTS = {}  # what this process has set in the place of the user's list -> that list
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a GPU. Before its import a wheel for CPUs alone says so by its version."""
+    if "torch" not in sys.modules and version("torch").endswith("+cpu"):
+        return False
+    import torch
+    return torch.cuda.is_available()
 
 
 def users_gpus() -> list[str]:
@@ -18,6 +28,7 @@ def users_gpus() -> list[str]:
     """
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
     if text is None:
+        import torch
         return [str(number) for number in range(torch.cuda.device_count())]
     gpus = []
     for entry in USERS_LISTS.get(text, text).split(","):
@@ -47,7 +58,8 @@ def use_gpu(position: int) -> None:
         USERS_LISTS[gpus[position]] = ",".join(gpus)
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[position]
         device = 0
-    if torch.cuda.is_available():
+    if has_gpu():
+        import torch
         [name] = entries_at(position, 1)
         try:
             torch.cuda.set_device(device)

@@ -12,6 +12,6 @@ def begin(program: str) -> MultimodalRLConfig:
     with mistakes():
         config = command_line(program)
         print(f"waiting for the vLLM server at {config.url}, with {config.model}", flush=True)
-        from support import vllm_process  # after that line: it takes seconds, torch among it
+        from support import vllm_process  # after that line, which it would delay
         vllm_process.start_early(config, Path(f"{config.run_dir}-vllm.log"))
         return config
