@@ -129,6 +129,12 @@ def gradients(trainer, outputs) -> dict[str, torch.Tensor]:
     return found
 
 
+def full_weights(policy) -> dict[str, torch.Tensor]:
+    """Every weight of the model by its own name, whole, with adapters merged; on all ranks."""
+    return {name: tensor for layer in policy.layers()
+            for name, tensor in policy.gather(layer).items()}
+
+
 def relative_difference(a: dict, b: dict) -> float:
     """|a - b| / |a| over all tensors together."""
     assert a.keys() == b.keys()

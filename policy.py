@@ -10,22 +10,24 @@ start-up.
 What of the model trains is decided here, too: LoRA adapters, a frozen vision tower, FSDP shards.
 """
 import contextlib
+import re
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict as sharded
-from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
-                                    register_fsdp_forward_method)
+from torch import distributed
+from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
+                                    fully_shard, register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from batch import MultimodalBatch
 from loss import token_logprobs
+from support.ranks import receive
 from support.token_types import with_token_types
 
-FULL = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 LORA_SCALE = 2
 
 
@@ -70,6 +72,7 @@ class Policy(torch.nn.Module):
     def __init__(self, model, config):
         super().__init__()
         self.model, self.temperature = model, config.temperature
+        self.device = model.device  # where it computes
         self.server_dtype = config.inference_args.get("dtype")
         self.banned = vision_token_ids(model.config)
         vars(self).update(logit_changes(model.config)[0])  # scale and cap
@@ -86,9 +89,8 @@ class Policy(torch.nn.Module):
             add_adapters(model, config.lora_rank)
         if config.freeze_vision:
             freeze_vision(model)
-        # FSDP wants one type for all weights of a block.
-        keep_frozen = model.device.type == "cuda" and not torch.distributed.is_initialized()
-        train_in_fp32(model, keep_frozen)
+        # FSDP, which finds its weights on the CPU, wants one type for all of a block.
+        train_in_fp32(model, keep_frozen=model.device.type == "cuda")
 
     def ban(self, tokenizer, strings: list[str]) -> None:
         """Ban the tokens of these strings, too, which the processor takes for images."""
@@ -138,7 +140,7 @@ class Policy(torch.nn.Module):
 
     def autocast(self):
         """On a GPU, where what trains is fp32 all the same, matrices are multiplied in bf16."""
-        device = self.model.device.type
+        device = self.device.type
         is_mixed = any(is_low(p) for p in self.model.parameters())
         return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or is_mixed)
 
@@ -242,27 +244,49 @@ class Policy(torch.nn.Module):
             norm = norm.full_tensor()
         return norm.item()
 
-    def shard(self) -> None:
-        """FSDP2: every rank holds a slice of each block, of its gradient and optimizer state."""
-        compute_dtype = torch.bfloat16 if torch.cuda.is_available() else None
-        precision = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32)
-        blocks = self.model._no_split_modules
-        for module in list(self.modules()):
-            if type(module).__name__ in blocks:
-                fully_shard(module, mp_policy=precision)
-        fully_shard(self, mp_policy=precision)
+    def shard(self, offload: bool = False) -> None:
+        """FSDP2: every rank holds a slice of each block, of its gradient and optimizer state.
+
+        Rank 0 deals its weights out block by block, so that no other rank ever holds more than one
+        beside its slices. With offload slices are in host memory, and a GPU has the blocks at work.
+        """
+        gpu, compute_dtype = torch.cuda.is_available(), None
+        if gpu:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+            compute_dtype = torch.bfloat16
+        options = {"mp_policy": MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32),
+                   "offload_policy": CPUOffloadPolicy(pin_memory=gpu) if offload else
+                   OffloadPolicy()}
+        if not distributed.is_initialized():
+            distributed.init_process_group(rank=0, world_size=1, store=distributed.HashStore())
+        blocks = [module for module in self.modules()
+                  if type(module).__name__ in self.model._no_split_modules]
+        for module in [*blocks, self]:
+            receive([tensor for tensor in [*module.parameters(), *module.buffers()]
+                     if not isinstance(tensor, DTensor)], self.device)
+            fully_shard(module, **options)
         register_fsdp_forward_method(self, "model_logprobs")
         register_fsdp_forward_method(self, "read_prompts")
 
-    def full_weights(self) -> dict[str, Tensor]:
-        """Every weight of the model by name, with adapters merged.
+    def layers(self) -> list[dict[str, Tensor]]:
+        """The weights of each layer by name, as this rank holds them."""
+        layers = {}
+        for name, tensor in self.model.state_dict().items():
+            layer = re.match(r".*?\.\d+\.|", name).group()  # "model.layers.3."; "" of none
+            layers.setdefault(layer, {})[name] = tensor
+        return list(layers.values())
 
-        Those of a sharded model are gathered, which all ranks must do, into a copy that rank 0
-        alone gets.
+    def gather(self, layer: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The whole weights of a layer, with adapters merged, where the policy computes.
+
+        On a GPU they are bf16, before they are gathered, which all ranks must do at once.
         """
-        if isinstance(self, FSDPModule):
-            return merge_adapters(sharded.get_model_state_dict(self.model, options=FULL))
-        return merge_adapters(self.model.state_dict())
+        dtype = torch.bfloat16 if self.device.type == "cuda" else None
+        whole = {}
+        for name, tensor in layer.items():
+            tensor = tensor.detach().to(self.device, dtype)
+            whole[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return merge_adapters(whole)
 
 
 def vision_token_ids(model_config) -> list[int]:

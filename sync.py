@@ -22,11 +22,12 @@ from torch import Tensor
 
 from support import secret, vllm_process
 from support.config import mistakes
-from support.finite import check_finite
+from support.finite import is_broken, refuse_broken
 from support.gloo import use_gloo
 from support.http import Refusal, ServerError, call, is_healthy, was_spoiled
 from support.layout import as_in_files, file_shapes
 from support.owner import Lease
+from support.ranks import add_up, call_on_all
 from support.server_flags import server_config
 from support.text import plain, print_plainly
 
@@ -132,7 +133,7 @@ class Server:
         keyed by the image alone, not by the vision tower that made them.
         """
         if isinstance(source, CheckpointSource):
-            check_finite(source.weights, source.version)
+            refuse_broken(source.are_broken(), source.version)
         try:
             if self.config.inference_args.get("enable_sleep_mode"):
                 self.call("wake_up")
@@ -257,16 +258,15 @@ def make_client(server: Server):
 
 
 class CheckpointSource:
-    """A model's weights as the files of its checkpoint hold them, layer by layer (a WeightSource).
+    """A policy's weights as the files of its checkpoint hold them, layer by layer (a WeightSource).
 
-    weights, by the model's own names, and their version are set by the trainer.
+    On rank 0; where ranks hold slices, the others help it. The trainer sets the version.
     """
 
-    def __init__(self, model):
-        self.model = model
-        self.shapes = file_shapes(model)
+    def __init__(self, policy):
+        self.policy = policy
+        self.shapes = file_shapes(policy.model)
         self.all_names = True  # whether tied weights go under each of theirs; the server knows
-        self.weights: dict[str, Tensor] = {}
         self.version = 0  # the step that made the weights
         self.names_and_shapes = None
 
@@ -279,21 +279,27 @@ class CheckpointSource:
         return self.names_and_shapes
 
     def __iter__(self):
-        """Yields (checkpoint name, tensor); one layer at a time exists as a copy."""
-        device = self.model.device
-        for layer in self.layers():
-            for name, tensor in as_in_files(self.model, layer, self.shapes,
-                                            self.all_names).items():
-                dtype = torch.bfloat16 if device.type == "cuda" else tensor.dtype
-                yield name, tensor.to(device, dtype).contiguous()
+        """Yields (checkpoint name, tensor); one layer at a time exists as a copy.
 
-    def layers(self) -> list[dict[str, Tensor]]:
-        """The weights of each layer; no conversion of names reaches across layers."""
-        layers = {}
-        for name, tensor in self.weights.items():
-            layer = re.match(r".*?\.\d+\.|", name).group()  # "model.layers.3."; "" of none
-            layers.setdefault(layer, {})[name] = tensor
-        return list(layers.values())
+        No conversion of names reaches across layers.
+        """
+        for number in range(len(self.policy.layers())):
+            weights = as_in_files(self.policy.model, self.layer(number), self.shapes,
+                                  self.all_names)
+            for name, tensor in weights.items():
+                yield name, tensor.contiguous()
+
+    def layer(self, number: int) -> dict[str, Tensor]:
+        """The whole weights of a layer, by the model's own names."""
+        call_on_all("layer", number)
+        return self.policy.gather(self.policy.layers()[number])
+
+    def are_broken(self) -> dict[str, float]:
+        """{name: on how many ranks it is not finite} of all weights."""
+        call_on_all("are_broken")
+        weights = self.policy.model.state_dict()
+        return add_up({name: float(is_broken(tensor)) for name, tensor in weights.items()},
+                      self.policy.device)
 
 
 def main() -> None:

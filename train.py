@@ -65,12 +65,13 @@ class MultimodalGRPOTrainer:
         transformers.set_seed(config.seed)  # so that LoRA adapters begin the same on every rank
         self.policy = Policy(model, config)
         self.policy.ban(tokenizer, reserved_strings(tokenizer, processor=adapter.processor))
-        if self.world > 1:
-            self.policy.shard()
-        self.device = model.device
+        if self.world > 1 or config.cpu_offload:
+            self.policy.shard(config.cpu_offload)
+        self.device = self.policy.device
         self.optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], config.learning_rate,
-            weight_decay=config.weight_decay, fused=model.device.type == "cuda")
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda" or config.cpu_offload)
 
         self.step = 0             # finished steps
         self.saved_step = 0       # that of the newest checkpoint
@@ -78,8 +79,7 @@ class MultimodalGRPOTrainer:
         self.past_metrics = None  # the text of metrics.jsonl up to it, of a run that is resumed
         self.resume()
 
-        self.source = CheckpointSource(model)
-        self.gather_weights()
+        self.source = CheckpointSource(self.policy)
         self.server = Server(config)
         self.server_is_lost = False
         self.generator = None                # made when the server is up
@@ -171,7 +171,7 @@ class MultimodalGRPOTrainer:
                         raise
                     tqdm.write(f"{error}; restoring the server")
 
-        return on_lead(attempt)
+        return on_lead(attempt, helper=self.source)
 
     def ensure_server(self) -> None:
         """A server that answers, has our weights, and is asked by a generator; on rank 0."""
@@ -179,13 +179,9 @@ class MultimodalGRPOTrainer:
             self.ahead.clear()  # the rollouts that were under way are lost, too
             self.server.restore()
             self.server_is_lost = False
-            if self.world == 1:
-                self.gather_weights()
-            # With several ranks all of them would have to gather, and only rank 0 is here: then
-            # the weights of the last sync are sent again.
         self.server.lease.claim()
         if self.config.sync_to_vllm_every and self.server.version is None:
-            self.server.send(self.source)
+            self.send()
         if self.generator is None:
             self.generator = Generator(
                 self.environment, self.config, self.policy.banned, decode=self.tokenizer.decode,
@@ -349,18 +345,18 @@ class MultimodalGRPOTrainer:
         every = self.config.sync_to_vllm_every
         if every and self.step % every == 0:
             with self.timed("sync"):
-                self.gather_weights()
-                on_lead(self.try_to_send)
+                on_lead(self.try_to_send, helper=self.source)
 
-    def gather_weights(self) -> None:
-        self.source.weights = self.policy.full_weights()
+    def send(self) -> None:
+        """The weights of now; on rank 0, within on_lead()."""
         self.source.version = self.step
+        self.server.send(self.source)
 
     def try_to_send(self) -> None:
         try:
             if self.ahead:  # their weights would not be known once there are new ones
                 self.server.lease.check()
-            self.server.send(self.source)
+            self.send()
         except ServerError as error:
             tqdm.write(f"{error}; it is restored before the next rollouts")
             self.server_is_lost = True

@@ -118,12 +118,11 @@ def defaults_left_open(init, generator, *args, **kwargs):
         del generator.sampling[name]
 
 
-def first_weights(full_weights, policy):
+def first_weights(gather, policy, layer):
     """Those of the beginning, at every sync."""
-    if not hasattr(policy, "weights_at_first"):
-        weights = full_weights(policy)
-        policy.weights_at_first = {name: tensor.clone() for name, tensor in weights.items()}
-    return policy.weights_at_first
+    at_first = vars(policy).setdefault("weights_at_first", {})
+    return {name: at_first.setdefault(name, tensor.clone())
+            for name, tensor in gather(policy, layer).items()}
 
 
 def keeping(*routes: str):
@@ -226,7 +225,7 @@ ZOO = {  # by name: the twins; bugs of images, tokens, sampling, weights, loss a
     "generation-config": Run(((Generator, "__init__", defaults_left_open),), "healthy", flags=(
         'inference.args.override_generation_config={"repetition_penalty": 1.1, "top_k": 20}',)),
 
-    "never-synced": Run(((Policy, "full_weights", first_weights),), "healthy"),
+    "never-synced": Run(((Policy, "gather", first_weights),), "healthy"),
     "tied-head-not-sent": Run(((Server, "keeps_a_head", lambda *_: False),), "healthy"),
     "old-encoder-cache": Run(((Server, "call", keeping("reset_mm_cache", "reset_encoder_cache")),),
                              "healthy-64-prompts"),
@@ -308,8 +307,7 @@ def carry_out(name: str, way: str, config) -> dict:
 def held_out_accuracy(trainer) -> float:
     """The trained policy's, now that the bug is out: all its weights, sampled as they should be."""
     trainer.server.engine = None  # meet anew, and agree anew on which weights are sent
-    trainer.gather_weights()
-    trainer.server.send(trainer.source)
+    trainer.send()
     generator = Generator(colors.load_environment(), trainer.config,
                           vision_token_ids(trainer.model.config), decode=trainer.tokenizer.decode)
     return generator.evaluate(trainer.config.eval_samples).means()["reward"]

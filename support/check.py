@@ -58,7 +58,7 @@ TURNS = 4
 
 def is_exact(policy: Policy) -> bool:
     """Whether the trainer's differences are of fp32 on a CPU; else they are of bf16."""
-    return policy.model.device.type == "cpu" and policy.model.dtype == torch.float32
+    return policy.device.type == "cpu" and policy.model.dtype == torch.float32
 
 
 def server_is_exact(policy: Policy) -> bool:
@@ -226,7 +226,7 @@ def largest_differences(policy: Policy, batch: MultimodalBatch,
     """{number of images in the prompt: the largest |trainer logprob - server logprob|}"""
     worst = {}
     for row, count in enumerate(num_images):
-        micro = batch.select([row]).to(policy.model.device)
+        micro = batch.select([row]).to(policy.device)
         with torch.no_grad():
             logprobs, _ = policy(micro, share=False)
         off = (logprobs - micro.behavior_logprobs).abs() * micro.loss_mask
@@ -282,7 +282,7 @@ class Comparison:
         self.model, processor = load_model(config)
         self.adapter, self.policy = MultimodalAdapter(processor), Policy(self.model, config)
         self.policy.ban(self.adapter.tokenizer, self.adapter.reserved())
-        self.source = CheckpointSource(self.model)
+        self.source = CheckpointSource(self.policy)
         rng = random.Random(0)
         rows = [{"prompt": make_prompt(count, rng), "answer": ""} for count in COUNTS]
         self.environment = Environment(train=rows, eval=[], rewards=[])
@@ -300,7 +300,7 @@ class Comparison:
             for version in range(ROUNDS):
                 if version > 0:
                     perturb(self.model, noise)
-                self.source.weights, self.source.version = self.policy.full_weights(), version
+                self.source.version = version
                 vllm.send(self.source)
                 if why := self.compare(version):
                     return f"after weight update {version} they compute different models: {why}"
@@ -345,7 +345,7 @@ class Comparison:
         return "; ".join([f"safe to train with {counts}", *limits])
 
     def some_rows(self) -> MultimodalBatch:
-        return self.batch.select(list(range(0, len(self.batch), 3))).to(self.model.device)
+        return self.batch.select(list(range(0, len(self.batch), 3))).to(self.policy.device)
 
 
 def failures(dropped: list[str]) -> dict[int, str]:

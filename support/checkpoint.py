@@ -23,11 +23,12 @@ import torch
 from torch.distributed.checkpoint import state_dict as sharded
 from tqdm import tqdm
 
-from policy import FULL, merge_adapters
-from support.finite import check_finite
+from policy import merge_adapters
+from support.finite import is_broken, refuse_broken
 from support.layout import as_in_files
-from support.ranks import on_lead
+from support.ranks import join_ranks, on_lead
 
+FULL = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def save(config, step: int, policy, optimizer, processor, keep: int | None) -> None:
     """Write run_dir/checkpoint-STEP and leave the `keep` newest (None: all). All ranks call this.
@@ -41,7 +42,7 @@ def save(config, step: int, policy, optimizer, processor, keep: int | None) -> N
 
 def save_on_lead(config, step: int, policy, weights: dict, moments: dict, processor,
                  keep: int | None) -> None:
-    check_finite(weights, step)
+    refuse_broken({name: is_broken(tensor) for name, tensor in weights.items()}, step)
     run_dir, merged = config.run_dir, merge_adapters(weights)
     partial, target = run_dir / "unfinished", run_dir / f"checkpoint-{step}"
     has_adapters = merged.keys() != weights.keys()
@@ -176,20 +177,18 @@ def load(path: Path, model, optimizer, config) -> tuple[int, str]:
     """Set model, optimizer and random generators back; (step, the text of metrics.jsonl).
 
     The keys of the config have their new values, the optimizer's too; a line says which are new.
-    Every rank must call this. ValueError if the checkpoint is of another model or lora_rank.
+    Every rank must call this, and gets its slices of what rank 0 reads. ValueError if the
+    checkpoint is of another model or lora_rank.
     """
     state = read_state(path)
     changes = ", ".join(config_changes(json.loads(state.get("config", "{}")), config))
-    weights = state["unmerged"]
-    if weights is None:
-        trained = next(p.dtype for p in model.parameters() if p.requires_grad)
-        weights = type(model).from_pretrained(path, dtype=trained).state_dict()
-    try:
-        sharded.set_state_dict(model, optimizer, model_state_dict=weights,
-                               optim_state_dict=state["optimizer"], options=FULL)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is of another model or lora_rank, or less of it was trained "
-                         f"({changes}): {error!s:.300}") from error
+    weights = {}
+    on_lead(lambda: weights.update(read_weights(path, state, model, changes)))
+    rank, world = join_ranks()
+    sharded.set_state_dict(
+        model, optimizer, model_state_dict=weights,
+        optim_state_dict=state["optimizer"] if rank == 0 else {},
+        options=sharded.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world > 1))
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state_all(state["cuda"][:torch.cuda.device_count()])
     random.setstate(state["python"])
@@ -201,6 +200,22 @@ def load(path: Path, model, optimizer, config) -> tuple[int, str]:
     if changes:
         tqdm.write(f"resumed with other values than it had until then: {changes}")
     return state["step"], state["metrics"]
+
+
+def read_weights(path: Path, state: dict, model, changes: str) -> dict:
+    """The weights of a checkpoint by the model's own names; ValueError if it has other ones."""
+    weights, trained = state["unmerged"], [p for p in model.parameters() if p.requires_grad]
+    if weights is None:
+        weights = type(model).from_pretrained(path, dtype=trained[0].dtype).state_dict()
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    others = found.items() ^ {name: p.shape for name, p in model.state_dict().items()}.items()
+    names = {name for name, _ in others}
+    [group] = state["optimizer"]["param_groups"]
+    names |= {name for name, p in model.named_parameters() if p.requires_grad} ^ {*group["params"]}
+    if names:
+        raise ValueError(f"{path} is of another model or lora_rank, or other weights of it were "
+                         f"trained ({changes}): {', '.join(sorted(names)[:3])}")
+    return weights
 
 
 def config_changes(old: dict, config) -> list[str]:

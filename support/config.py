@@ -71,6 +71,8 @@ class MultimodalRLConfig:
     share_prompt: bool | None = None        # unset: decided per micro-batch, by counting work
     gradient_checkpointing: bool = False    # less memory, some more time
     attn_implementation: str = ""           # "sdpa", "flash_attention_2", ...; unset: the model's own
+    cpu_offload: bool = False               # weights and moments in host memory, the block at work on
+                                            # the GPU: less of its memory, more time
     freeze_vision: bool = False             # train the language model alone
     lora_rank: int = 0                      # above 0: train adapters of linear layers (peft)
     temperature: float = 1.0

@@ -2,15 +2,20 @@
 from torch import Tensor
 
 
-def check_finite(weights: dict[str, Tensor], step: int) -> None:
-    """ValueError names the weights after this step that are not finite, if there are any."""
-    broken = []
-    for name, tensor in weights.items():
-        if tensor.numel() and tensor.is_floating_point():
-            low, high = tensor.aminmax()  # both are NaN if one entry is; and no copy is made
-            if not (low.isfinite() and high.isfinite()):
-                broken.append(name)
-    if broken:
-        raise ValueError(f"the weights after step {step} are not finite: {len(broken)} of "
-                         f"{len(weights)}, {', '.join(broken[:3])}. They are neither sent nor "
+def is_broken(tensor: Tensor) -> bool:
+    """Whether a number of a tensor is not finite; of a sharded one, those that this rank holds."""
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    if not tensor.numel() or not tensor.is_floating_point():
+        return False
+    low, high = tensor.detach().aminmax()  # both are NaN if one entry is; and no copy is made
+    return not (low.isfinite() and high.isfinite())
+
+
+def refuse_broken(are_broken: dict[str, bool], step: int) -> None:
+    """ValueError names the weights that are not finite, if there are any."""
+    names = [name for name, broken in are_broken.items() if broken]
+    if names:
+        raise ValueError(f"the weights after step {step} are not finite: {len(names)} of "
+                         f"{len(are_broken)}, {', '.join(names[:3])}. They are neither sent nor "
                          "saved; lower learning_rate and resume from an earlier checkpoint")

@@ -6,7 +6,7 @@ import huggingface_hub
 import torch
 import transformers
 
-from support.gpus import use_gpu
+from support.gpus import has_gpu, use_gpu
 from support.ranks import join_ranks
 
 
@@ -14,12 +14,13 @@ def load_model(config):
     """(model, processor) of config.model. The weights are fp32, for the sake of small updates.
 
     On a GPU, where some of them are frozen, they have the type of the files: see train_in_fp32.
-    ValueError if it is neither a folder that holds a model nor one of the Hugging Face hub, or one
+    Of several ranks rank 0 alone reads them: those of the others are on the meta device, without
+    memory, until Policy.shard() deals them out. ValueError if it is neither a folder that holds a model nor one of the Hugging Face hub, or one
     that transformers does not have itself.
     """
     use_gpu(trainer_gpu(config))
-    _, world = join_ranks()
-    on_one_gpu = torch.cuda.is_available() and world == 1
+    rank, world = join_ranks()
+    on_one_gpu = has_gpu() and world == 1 and not config.cpu_offload
     transformers.logging.disable_progress_bar()  # an error is one line
     try:
         check_hub(config.model)
@@ -27,10 +28,14 @@ def load_model(config):
         takes_images = type(kind) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         if takes_images:
             some_are_frozen = config.lora_rank > 0 or config.freeze_vision
-            model = transformers.AutoModelForImageTextToText.from_pretrained(
-                config.model, trust_remote_code=False,
-                dtype="auto" if on_one_gpu and some_are_frozen else torch.float32,
-                attn_implementation=config.attn_implementation or None)
+            options = {"dtype": "auto" if on_one_gpu and some_are_frozen else torch.float32,
+                       "attn_implementation": config.attn_implementation or None}
+            make = transformers.AutoModelForImageTextToText
+            if rank == 0:
+                model = make.from_pretrained(config.model, trust_remote_code=False, **options)
+            else:
+                with torch.device("meta"):
+                    model = make.from_config(kind, **options)
             processor = transformers.AutoProcessor.from_pretrained(
                 config.model, trust_remote_code=False)
     except Exception as error:  # of a broken file, of the network, or of a model's own code
@@ -38,7 +43,7 @@ def load_model(config):
     if not takes_images:
         raise ValueError(f"model: {config.model} is of model_type {kind.model_type!r}, for which "
                          "transformers has no model that sees images")
-    if on_one_gpu:  # else FSDP moves its shards
+    if on_one_gpu:  # else FSDP moves its blocks
         model = model.cuda()
     return model, processor
 

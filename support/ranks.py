@@ -7,7 +7,7 @@ import sys
 from datetime import timedelta
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 
 def become_torchrun(processes: int) -> None:
@@ -26,10 +26,11 @@ def join_ranks() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def on_lead(action):
+def on_lead(action, helper=None):
     """action() on rank 0; every rank gets its result, or its exception.
 
-    The exception then has the attribute on_all_ranks: all of them go on from the same place.
+    The exception then has the attribute on_all_ranks: all of them go on from the same place. In the
+    meantime the other ranks call the methods of `helper` that rank 0 asks them to: see call_on_all.
     """
     rank, world = join_ranks()
     result = error = None
@@ -39,13 +40,46 @@ def on_lead(action):
         except Exception as raised:
             error = raised
             error.on_all_ranks = True
-    if world > 1:
-        outcome = [result, error]
-        distributed.broadcast_object_list(outcome)
-        result, error = outcome
+        if world > 1:
+            distributed.broadcast_object_list(["end", (result, error)])
+    else:
+        message = [None, None]
+        while message[0] != "end":
+            distributed.broadcast_object_list(message)
+            if message[0] != "end":
+                getattr(helper, message[0])(*message[1])
+        result, error = message[1]
     if error is not None:
         raise error
     return result
+
+
+def call_on_all(method: str, *arguments) -> None:
+    """First line of a method that all ranks must be in at once, when rank 0 calls it in on_lead().
+
+    There it makes the others call it, of their own helper; in them it does nothing.
+    """
+    rank, world = join_ranks()
+    if rank == 0 and world > 1:
+        distributed.broadcast_object_list([method, arguments])
+
+
+def receive(tensors: list[Tensor], device) -> None:
+    """Give these tensors of a model, on every rank, the values that rank 0 has, on the device.
+
+    Those that a rank has not loaded are on the meta device until then.
+    """
+    for tensor in tensors:
+        values = torch.empty_like(tensor, device=device)
+        if not tensor.is_meta:
+            values.copy_(tensor)
+        distributed.broadcast(values, 0)
+        if tensor.is_meta:
+            if isinstance(tensor, torch.nn.Parameter):
+                values = torch.nn.Parameter(values, tensor.requires_grad)
+            torch.utils.swap_tensors(tensor, values)  # under all names that it has
+        else:
+            tensor.data = values
 
 
 def is_on_all_ranks(error: Exception) -> bool:

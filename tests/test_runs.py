@@ -61,17 +61,17 @@ def test_a_server_that_is_up_is_used_again_and_left_running(server, tmp_path):
 
 def test_half_a_sync_is_warned_of_at_once(server, tmp_path, monkeypatch, capsys):
     """A mismatch far below what rollouts ahead have anyway: here equal weights differ by 1e-13."""
-    full_weights = Policy.full_weights
+    gather = Policy.gather
     at_first = {}
 
-    def without_a_tower(policy):
-        weights = full_weights(policy)
+    def without_a_tower(policy, layer):
+        weights = gather(policy, layer)
         for name in weights:
             if ".visual." in name:
                 weights[name] = at_first.setdefault(name, weights[name].clone())
         return weights
 
-    monkeypatch.setattr(Policy, "full_weights", without_a_tower)
+    monkeypatch.setattr(Policy, "gather", without_a_tower)
     config = dataclasses.replace(server, output_dir=str(tmp_path), max_steps=4)
     with served(config) as trainer:
         trainer.train()

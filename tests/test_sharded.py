@@ -1,6 +1,7 @@
 """Several trainer processes: FSDP2 over gloo under torchrun must be one process, only sharded."""
 import contextlib
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, canned, free_port, make_trainer, noise
+from bench.scaling import on_meta
+from conftest import ROOT, canned, free_port, full_weights, make_trainer, noise
 from support.checkpoint import is_whole
 from test_faults import command, running
 from test_runs import metrics
@@ -38,7 +40,7 @@ THREE_STEPS = """
 import sys
 import torch
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-from conftest import canned, make_trainer
+from conftest import canned, full_weights, make_trainer
 from test_sharded import CASES
 
 found = {{}}
@@ -46,7 +48,7 @@ for name, (groups, options) in CASES.items():
     trainer = make_trainer(**options)
     outputs = torch.load({folder!r} + f"/{{name}}", weights_only=False)
     lines = [trainer.update(outputs) for _ in range(3)]
-    found[name] = (lines, trainer.policy.full_weights(), trainer.policy.can_share)
+    found[name] = (lines, full_weights(trainer.policy), trainer.policy.can_share)
 if trainer.rank == 0:
     torch.save(found, sys.argv[1])
 """
@@ -74,7 +76,7 @@ def test_two_ranks_take_the_steps_of_one(three_steps, name):
     for a, b in zip(one_lines, two_lines, strict=True):
         for key in ("loss", "grad_norm", "ir", "kl", "ent", "tokens", "reward"):
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key
-    start = make_trainer(**CASES[name][1]).policy.full_weights()
+    start = full_weights(make_trainer(**CASES[name][1]).policy)
     assert one.keys() == two.keys() == start.keys()
     assert all((one[key] - two[key]).abs().max() < 1e-5 for key in one)
     changed = {key for key in one if not torch.equal(one[key], start[key])}
@@ -129,7 +131,7 @@ def test_lora_leaves_the_base_alone_and_the_server_gets_the_sum(server, tmp_path
     assert all(line["kl"] < 1e-6 for line in metrics(config))
     folder = tmp_path / "colors" / "checkpoint-3"
     merged = make_trainer(str(folder)).model.state_dict()  # a plain model, for vLLM too
-    sums = trainer.policy.full_weights()
+    sums = full_weights(trainer.policy)
     assert all((merged[n] - w).abs().max() < 1e-6 for n, w in sums.items())
     again = dataclasses.replace(config, resume=str(tmp_path / "colors" / "checkpoint-2"))
     with served(again) as resumed:
@@ -145,6 +147,117 @@ def test_lora_leaves_the_base_alone_and_the_server_gets_the_sum(server, tmp_path
     plain.save()
     with pytest.raises(ValueError, match="checkpoint-1 is of another model or lora_rank"):
         make_trainer(output_dir=str(tmp_path), resume=True, lora_rank=4)
+
+
+MEMORY = """
+import json
+import re
+import sys
+from pathlib import Path
+import torch
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from conftest import full_weights
+from policy import Policy
+from support.config import MultimodalRLConfig
+from support.loading import load_model
+from support.ranks import join_ranks, on_lead
+from sync import CheckpointSource
+
+def resident(name):  # VmRSS: now; VmHWM: the most since it was reset
+    return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+def peak_above(action, base):
+    Path("/proc/self/clear_refs").write_text("5")
+    action()
+    return resident("VmHWM") - base()
+
+def load():
+    global policy
+    model, _ = load_model(config)
+    policy = Policy(model, config)
+    policy.shard()
+
+def send():
+    on_lead(lambda: sum(tensor.numel() for _, tensor in source), helper=source)
+
+rank, world = join_ranks()
+config = MultimodalRLConfig(model={model!r})
+load()  # once, for what allocators and gloo take
+found = {{"loading": peak_above(load, lambda: resident("VmRSS"))}}
+source = CheckpointSource(policy)
+send()
+held = resident("VmRSS")
+found["sending"] = peak_above(send, lambda: held)
+assert not any(t.is_meta for t in [*policy.parameters(), *policy.buffers()])
+whole = full_weights(policy)
+if rank == 0:
+    torch.save(whole, {folder!r} + "/weights")
+Path({folder!r}, f"rank-{{rank}}.json").write_text(json.dumps(found))
+"""
+
+
+def test_ranks_hold_no_more_than_a_layer_beside_their_slices(tmp_path):
+    """While they load what rank 0 alone reads, and while it sends: a tenth of the model at most."""
+    model = on_meta({"hidden_size": 512, "num_hidden_layers": 24, "num_attention_heads": 8,
+                     "num_key_value_heads": 2, "intermediate_size": 1536, "vocab_size": 300},
+                    {"hidden_size": 512, "embed_dim": 128, "depth": 2, "num_heads": 4}, tied=True)
+    model = model.to_empty(device="cpu")
+    model.tie_weights()
+    for number, p in enumerate(model.parameters()):
+        torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(number))
+    model.save_pretrained(tmp_path / "model")
+    make_trainer().adapter.processor.save_pretrained(tmp_path / "model")
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    script = tmp_path / "memory.py"
+    script.write_text(MEMORY.format(root=str(ROOT), folder=str(tmp_path),
+                                    model=str(tmp_path / "model")))
+    # Freed memory goes back to the system at once: counted is what is in use.
+    subprocess.run([sys.executable, *TORCHRUN, "3", str(script)], check=True, timeout=300,
+                   env=os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"})
+    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(3)]
+    print(size, found)
+    assert all(ranks["loading"] < 0.1 * size for ranks in found[1:]), (size, found)
+    assert all(ranks["sending"] < 0.1 * size for ranks in found), (size, found)
+    whole = torch.load(tmp_path / "weights")
+    assert all(torch.equal(whole[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 4}, {"gradient_checkpointing": True}])
+def test_weights_in_host_memory_take_the_same_steps(options, tmp_path):
+    plain = make_trainer(**options, learning_rate=1e-4)
+    outputs = canned(plain, MIXTURE)
+    script = tmp_path / "steps.py"
+    script.write_text(OFFLOADED.format(root=str(ROOT), folder=str(tmp_path), options=options))
+    torch.save(outputs, tmp_path / "outputs")
+    subprocess.run([sys.executable, str(script)], check=True, timeout=300)
+    lines, weights, again = torch.load(tmp_path / "found", weights_only=False)
+    for line in lines:
+        mine = plain.update(outputs)
+        for key in ("loss", "grad_norm", "ir", "kl", "ent"):
+            assert line[key] == pytest.approx(mine[key], rel=1e-5, abs=1e-6), key
+    assert all((weights[n] - w).abs().max() < 1e-6 for n, w in full_weights(plain.policy).items())
+    assert all(torch.equal(weights[n], w) for n, w in again.items())  # of the one that resumed
+
+
+OFFLOADED = """
+import sys
+import torch
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from conftest import full_weights, make_trainer
+
+outputs = torch.load({folder!r} + "/outputs", weights_only=False)
+options = dict(**{options!r}, learning_rate=1e-4, cpu_offload=True, output_dir={folder!r})
+trainer = make_trainer(**options)
+trainer.records.open(None)
+lines = []
+for step in range(3):
+    lines.append(trainer.update(outputs))
+    if step == 1:
+        trainer.save()
+resumed = make_trainer(**options, resume=True)
+resumed.update(outputs)
+torch.save((lines, full_weights(trainer.policy), full_weights(resumed.policy)), {folder!r} + "/found")
+"""
 
 
 FAILS = """
