@@ -250,7 +250,8 @@ class Policy(torch.nn.Module):
         Rank 0 deals its weights out block by block, so that no other rank ever holds more than one
         beside its slices. With offload slices are in host memory, and a GPU has the blocks at work.
         """
-        gpu, compute_dtype = torch.cuda.is_available(), None
+        self.device, compute_dtype = torch.device("cpu"), None
+        gpu = torch.cuda.is_available()
         if gpu:
             self.device = torch.device("cuda", torch.cuda.current_device())
             compute_dtype = torch.bfloat16

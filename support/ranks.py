@@ -70,16 +70,14 @@ def receive(tensors: list[Tensor], device) -> None:
     Those that a rank has not loaded are on the meta device until then.
     """
     for tensor in tensors:
-        values = torch.empty_like(tensor, device=device)
-        if not tensor.is_meta:
-            values.copy_(tensor)
-        distributed.broadcast(values, 0)
         if tensor.is_meta:
+            empty = torch.empty_like(tensor, device=device)
             if isinstance(tensor, torch.nn.Parameter):
-                values = torch.nn.Parameter(values, tensor.requires_grad)
-            torch.utils.swap_tensors(tensor, values)  # under all names that it has
+                empty = torch.nn.Parameter(empty, tensor.requires_grad)
+            torch.utils.swap_tensors(tensor, empty)  # under all names that it has
         else:
-            tensor.data = values
+            tensor.data = tensor.data.to(device)
+        distributed.broadcast(tensor.data, 0)
 
 
 def is_on_all_ranks(error: Exception) -> bool:

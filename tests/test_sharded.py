@@ -215,7 +215,6 @@ def test_ranks_hold_no_more_than_a_layer_beside_their_slices(tmp_path):
     subprocess.run([sys.executable, *TORCHRUN, "3", str(script)], check=True, timeout=300,
                    env=os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"})
     found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(3)]
-    print(size, found)
     assert all(ranks["loading"] < 0.1 * size for ranks in found[1:]), (size, found)
     assert all(ranks["sending"] < 0.1 * size for ranks in found), (size, found)
     whole = torch.load(tmp_path / "weights")
