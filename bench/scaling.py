@@ -85,34 +85,43 @@ def work(model: Model, prompts: int, group: int, prompt: int, completion: int,
 def plan(model: Model, gpus: int, how: str) -> dict[str, float] | None:
     """Seconds and bytes of a step on half of the GPUs for each side; None if it does not fit.
 
-    how: "all", of the weights are trained; "checkpointed", with gradient_checkpointing; or "LoRA".
+    how: "all", of the weights are trained; "checkpointed", with gradient_checkpointing; "offloaded",
+    with cpu_offload, too, and larger micro-batches; or "LoRA".
     """
     each, replica = gpus // 2, 1  # GPUs of a vLLM replica: the smallest for weights and KV cache
     while (2 * model.total + SEQUENCES * CONTEXT * model.kv_bytes) / replica > 0.9 * MEMORY:
         replica *= 2
-    # fp32 weights, gradients, two moments; of adapters they are little
-    state = (4 if how == "LoRA" else 16) * model.total / each
-    if how == "checkpointed":  # every completion with its own prompt, and forwarded twice
-        flops = 8 / 6 * work(model, PROMPTS * G, 1, PROMPT, COMPLETION, PATCHES)
-        tokens = MICRO_BATCH * (PROMPT + COMPLETION)
-        activations = (2 * model.layers + 34) * model.hidden * tokens  # inputs, and one layer
-    else:
-        flops = work(model, PROMPTS, G, PROMPT, COMPLETION, PATCHES)
-        # kept for the backward pass: about 34 bytes per token, hidden unit and layer (bf16)
-        activations = 34 * model.hidden * model.layers * (PROMPT + MICRO_BATCH * COMPLETION)
+    # fp32 weights, gradients, two moments; of frozen weights bf16
+    state = (2 if how == "LoRA" else 16) * model.total / each
+    micro_batch = MICRO_BATCH
+    if how == "offloaded":  # at work: embeddings and head, and three blocks, with gradients
+        micro_batch = 2 * G
+        rest = model.total - model.decoder - model.vision
+        state = 12 * (rest + 3 * model.decoder / model.layers)
+    flops = work(model, PROMPTS, G, PROMPT, COMPLETION, PATCHES)
+    tokens = max(1, micro_batch / G) * PROMPT + micro_batch * COMPLETION
+    # kept for the backward pass: about 34 bytes per token, hidden unit and layer (bf16)
+    activations = 34 * model.hidden * model.layers * tokens
+    if how in ("checkpointed", "offloaded"):  # inputs, and one layer; forwarded twice
+        activations = (2 * model.layers + 34) * model.hidden * tokens
+        flops *= 8 / 6
     if replica > each or state + activations > 0.95 * MEMORY:
         return None
     gathered = 3 * 2 * model.total  # FSDP: weights twice, gradients once; bf16 of every block
     wire = 0 if each == 1 else gathered * (each - 1) / each / (NVLINK if each <= 8 else NETWORK)
-    train = max(flops / each / (PEAK * MFU), wire * PROMPTS * G / MICRO_BATCH / each)
+    chunks = PROMPTS * G / micro_batch / each
+    wire *= chunks
+    if how == "offloaded":  # to the GPU, in fp32, for completions and for prompts, and again
+        wire += 16 * model.total / each * chunks / PCIE
+    train = max(flops / each / (PEAK * MFU), wire)
     sampled, replicas = PROMPTS * G * COMPLETION, each // replica
     running = min(SEQUENCES, PROMPTS * G / replicas)
     token = (2 * model.total + running * (PROMPT + COMPLETION / 2) * model.kv_bytes
              ) / (replica * HBM * HBM_USED)  # seconds for one token of all that are running
     prefill = 2 * model.total * PROMPTS * PROMPT / each / (PEAK * MFU)
-    copied = 2 * 4 * model.total / PCIE if each > 1 else 0  # gathered to host memory, and back
+    gathering = 2 * model.total / (NVLINK if each <= 8 else NETWORK) if each > 1 else 0
     return {"train": train, "rollout": sampled / replicas / running * token + prefill,
-            "sync": copied + 2 * model.total / (NVLINK if gpus <= 8 else NETWORK),
+            "sync": gathering + 2 * model.total / (NVLINK if gpus <= 8 else NETWORK),
             "state": state, "activations": activations, "replica": replica,
             "server": 2 * model.total / replica, "each": each, "sampled": sampled,
             "trained": PROMPTS * PROMPT + sampled}
@@ -127,7 +136,7 @@ def planned() -> list[str]:
         model = count(*published(name))
         for gpus in (2, 8, 64):
             start = f"| {name} ({model.total / 1e9:.2f}) | {gpus // 2} + {gpus // 2} |"
-            plans = ((how, plan(model, gpus, how)) for how in ("all", "LoRA", "checkpointed"))
+            plans = ((how, plan(model, gpus, how)) for how in ("all", "checkpointed", "offloaded"))
             fits = [(how, p) for how, p in plans if p]
             if not fits:
                 lines.append(f"{start} does not fit | | | | | | |")
