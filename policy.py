@@ -14,8 +14,7 @@ import re
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
                                     fully_shard, register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
