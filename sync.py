@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import torch
 from torch import Tensor
 
 from support import secret, vllm_process

@@ -3,7 +3,8 @@
 Parameters are counted on models of the real shapes without memory (torch's meta device); work and
 bytes follow from them. The formula of the work is held against the steps that were measured, in
 results/bench_step.jsonl. What a GPU makes of it is ASSUMED below, in one place: replace the
-assumptions by your own measurements and run this again.
+assumptions by your own measurements and run this again. Where results/gpu.jsonl has lines, which
+`bash bench/gpu.sh` writes on a GPU, the share of its peak and the speed of a sync are theirs.
 """
 import json
 import statistics
@@ -29,6 +30,18 @@ HBM, HBM_USED, SEQUENCES = 3.35e12, 0.6, 128  # bytes/s; share in decoding; at a
 NVLINK, NETWORK, PCIE = 300e9, 40e9, 25e9    # bytes/s, one way, as NCCL reaches them
 MEMORY = 80e9
 MICRO_BATCH = 8                              # completions
+
+
+def on_gpu(part: str, key: str, assumed: float) -> float:
+    """The last measurement of a part of bench/gpu.py, or what is assumed without one."""
+    path = ROOT / "results" / "gpu.jsonl"
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else ())
+    found = [line[key] for line in lines if line["part"] == part and key in line]
+    return found[-1] if found else assumed
+
+
+MFU = on_gpu("step-2b-long", "mfu", MFU)
+GATHERED = on_gpu("gathering", "gb_per_second", PCIE / 1e9) * 1e9  # bytes/s from host memory
 
 
 @dataclass
@@ -113,13 +126,16 @@ def plan(model: Model, gpus: int, how: str) -> dict[str, float] | None:
     wire *= chunks
     if how == "offloaded":  # to the GPU, in fp32, for completions and for prompts, and again
         wire += 16 * model.total / each * chunks / PCIE
+    if how == "offloaded":  # the sync's, too
+        gathering = 2 * model.total / GATHERED
+    else:
+        gathering = 2 * model.total / (NVLINK if each <= 8 else NETWORK) if each > 1 else 0
     train = max(flops / each / (PEAK * MFU), wire)
     sampled, replicas = PROMPTS * G * COMPLETION, each // replica
     running = min(SEQUENCES, PROMPTS * G / replicas)
     token = (2 * model.total + running * (PROMPT + COMPLETION / 2) * model.kv_bytes
              ) / (replica * HBM * HBM_USED)  # seconds for one token of all that are running
     prefill = 2 * model.total * PROMPTS * PROMPT / each / (PEAK * MFU)
-    gathering = 2 * model.total / (NVLINK if each <= 8 else NETWORK) if each > 1 else 0
     return {"train": train, "rollout": sampled / replicas / running * token + prefill,
             "sync": gathering + 2 * model.total / (NVLINK if gpus <= 8 else NETWORK),
             "state": state, "activations": activations, "replica": replica,

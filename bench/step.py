@@ -76,7 +76,7 @@ OURS = {  # the sides that are this trainer, and their options
     "saving": {"share_prompt": True, "gradient_checkpointing": True},
     "saving-rows": {"share_prompt": False, "gradient_checkpointing": True},
 }
-MODELS = {  # Qwen2-VL: one that a CPU steps in seconds, and the shape of the published 2B one
+MODELS = {  # Qwen2-VL: one that a CPU steps in seconds, and the shapes of published ones
     "tiny": dict(
         text=dict(vocab_size=3_000, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
                   num_attention_heads=4, num_key_value_heads=2),
@@ -86,6 +86,11 @@ MODELS = {  # Qwen2-VL: one that a CPU steps in seconds, and the shape of the pu
                   num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2),
         vision=dict(depth=32, embed_dim=1280, hidden_size=1536, num_heads=16),
         sections=[16, 24, 24]),
+    "7b": dict(
+        text=dict(vocab_size=152_064, hidden_size=3584, intermediate_size=18_944,
+                  num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4),
+        vision=dict(depth=32, embed_dim=1280, hidden_size=3584, num_heads=16),
+        sections=[16, 24, 24], tied=False),
 }
 
 
@@ -93,16 +98,17 @@ def make_model(size: str, tokenizer, device: str):
     """Random fp32 weights, the same on every side."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
     shape = MODELS[size]
-    text = dict(shape["text"], tie_word_embeddings=True, bos_token_id=None,
+    tied = shape.get("tied", True)
+    text = dict(shape["text"], tie_word_embeddings=tied, bos_token_id=None,
                 pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
                 rope_parameters=dict(rope_type="default", rope_theta=1e6,
                                      mrope_section=shape["sections"]))
     ids = {f"{name.removesuffix('_pad')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>")
            for name in ("image_pad", "video_pad", "vision_start", "vision_end")}
     torch.manual_seed(0)
-    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(
-        text_config=text, vision_config=shape["vision"], tie_word_embeddings=True, **ids
-    )).to(device)
+    with torch.device(device):
+        return Qwen2VLForConditionalGeneration(Qwen2VLConfig(
+            text_config=text, vision_config=shape["vision"], tie_word_embeddings=tied, **ids))
 
 
 def canned_rollouts(workload: Workload, model, adapter) -> list:

@@ -25,7 +25,6 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import train
-from support.config import command_line
 from adapter import MultimodalAdapter
 from conftest import ROOT, TINY, canned, make_trainer, noise
 from processes import kill
@@ -477,7 +476,6 @@ import contextlib, signal, sys
 signal.signal(signal.SIGHUP, getattr(signal, {hangups!r}))
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import train
-from support.config import command_line
 from conftest import make_trainer
 from test_files import without_server
 
@@ -917,7 +915,6 @@ FINDS = """
 import sys
 sys.path[:0] = [{root!r}]
 from rollout import load_environment
-from support.config import command_line
 
 sys.argv = ["x.py", "@", "project/c.toml"]
 config = command_line("x.py")

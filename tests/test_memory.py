@@ -1,7 +1,13 @@
-"""What the configs say of memory is what counting on the meta device says."""
+"""What the configs say of memory is what counting on the meta device says; the bench for a GPU runs."""
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from bench.gpu import PARTS
 from bench.scaling import on_meta, published
 from conftest import ROOT
 from policy import add_adapters, train_in_fp32
@@ -60,3 +66,19 @@ def test_a_config_fits_its_gpu_by_the_sum_that_it_states(name, size, gpu, rank):
         server = config.inference_args["gpu_memory_utilization"] * gpu
         assert counted(size, 1)[0] < 0.8 * server
     assert weights + trained + sent + server < gpu * 0.9  # the rest is for activations
+
+
+def test_every_part_of_the_bench_for_a_gpu_runs():
+    done = subprocess.run(["bash", "bench/gpu.sh", "--dry"], cwd=ROOT, timeout=300, text=True,
+                          capture_output=True, env=os.environ | {"PYTHON": sys.executable})
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found = {line.pop("part"): line for line in lines}
+    assert done.returncode == 0 and found.keys() == PARTS.keys(), done.stderr[-2000:]
+    assert not any("error" in line for line in lines)
+    assert found["exact-fp32"]["largest"] < 1e-5 and found["exact-fp32"]["norm"] < 1e-5
+    # The same step in four ways.
+    norms = [found[part]["grad_norm"] for part in (
+        "step-2b", "step-2b-rows", "step-2b-saving", "step-7b-whole")]
+    assert norms == pytest.approx([norms[0]] * 4, rel=1e-5)
+    assert max(found["head"]["plain"]["differences"].values()) < 1e-4
+    assert found["gathering"]["gb"] > 0.01
