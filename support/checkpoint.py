@@ -185,10 +185,11 @@ def load(path: Path, model, optimizer, config) -> tuple[int, str]:
     weights = {}
     on_lead(lambda: weights.update(read_weights(path, state, model, changes)))
     rank, world = join_ranks()
-    sharded.set_state_dict(
-        model, optimizer, model_state_dict=weights,
-        optim_state_dict=state["optimizer"] if rank == 0 else {},
-        options=sharded.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world > 1))
+    options = sharded.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world > 1)
+    # One by one: set_state_dict() takes what is empty, as it is on the other ranks, for not meant.
+    sharded.set_model_state_dict(model, weights, options=options)
+    sharded.set_optimizer_state_dict(
+        model, optimizer, state["optimizer"] if rank == 0 else {}, options=options)
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state_all(state["cuda"][:torch.cuda.device_count()])
     random.setstate(state["python"])
