@@ -600,7 +600,7 @@ def test_a_bf16_checkpoint_is_trained_in_fp32():
 @pytest.mark.parametrize("options", [{"lora_rank": 2}, {"freeze_vision": True}])
 def test_frozen_weights_keep_the_type_of_their_files_on_a_gpu(options, tmp_path, monkeypatch):
     """A 7B model with adapters took 33 GB instead of 17. Here on a CPU, as one GPU would hold it."""
-    monkeypatch.setattr(policy, "train_in_fp32", lambda model, _: train_in_fp32(model, True))
+    monkeypatch.setattr(policy, "train_in_fp32", lambda model, **_: train_in_fp32(model, True))
 
     def trainer_of(**more):
         plain = make_trainer(output_dir=str(tmp_path), learning_rate=1e-3, **options, **more)

@@ -110,9 +110,10 @@ def test_weights_that_the_files_do_not_have_are_refused_by_name(checkpoints, mon
             ("model.language_model.norm.weight", torch.ones(3), r"norm.weight is \(3,\).*\(64,\)")):
         layers = trainer.policy.layers()
         layers[0] = layers[0] | {name: tensor}
-        monkeypatch.setattr(trainer.policy, "layers", lambda: layers)
-        with pytest.raises(ValueError, match=said):
-            dict(trainer.source)
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.policy, "layers", lambda: layers)
+            with pytest.raises(ValueError, match=said):
+                dict(trainer.source)
 
 
 @pytest.mark.parametrize("name", TRAINED)
