@@ -49,14 +49,16 @@ def token_logprobs(hidden: Tensor, targets: Tensor, head, temperature: float,
     hidden is (N, H): the states that predict the targets (N,). head maps (n, H) to (n, V); logits
     are scale * head(hidden), or with a cap cap * tanh(scale * head(hidden) / cap). The banned token
     ids get -100 on their logit, as they do in the sampling request. Of the (N, V) logits at most
-    max_logits exist at a time: the head runs chunk by chunk, and once more in the backward pass.
+    max_logits are worked on at a time: see LinearLogprobs.
     """
     softmax = TokenSoftmax(temperature, list(banned), scale, cap)
-    vocabulary = getattr(head, "out_features", 2**18)
-    rows = max(1, (max_logits or room_for_logits(hidden.device)) // vocabulary)
+    room = max_logits or room_for_logits(hidden.device)
     if type(head) is torch.nn.Linear:
-        return LinearLogprobs.apply(hidden, head.weight, head.bias, targets, softmax, rows)
-    # The parameters of any other head are known to autograd alone.
+        columns = max(1, room // max(1, len(hidden)))
+        return LinearLogprobs.apply(hidden, head.weight, head.bias, targets, softmax, columns)
+    # The parameters of any other head are known to autograd alone: it runs row by row, and once more
+    # in the backward pass.
+    rows = max(1, room // getattr(head, "out_features", 2**18))
     found = [checkpoint(softmax.logprobs, head, states, ids, use_reentrant=False)
              for states, ids in zip(hidden.split(rows), targets.split(rows), strict=True)]
     logprobs, entropies = (torch.cat(parts) for parts in zip(*found))
@@ -80,61 +82,76 @@ class TokenSoftmax:
 
     def logprobs(self, head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """token_logprobs of n positions, with all of their (n, V) logits at once."""
-        logits, _ = self.logits(head(hidden).float() * 1)  # a new tensor
+        x = head(hidden).float() * 1  # a new tensor
+        logits, _ = self.logits(x, slice(0, x.shape[1]))
         logprobs = logits.log_softmax(-1)                                # (n, V)
         with torch.no_grad():  # the entropy is a metric: H = -sum_v p_v log p_v, 0 where p_v is 0
             entropies = torch.special.entr(logprobs.exp()).sum(-1)
         return logprobs.gather(1, targets[:, None])[:, 0], entropies
 
-    def logits(self, x: Tensor) -> tuple[Tensor, float | Tensor]:
-        """(n, V) fp32 logits over the temperature, in place, and their derivatives by x."""
+    def logits(self, x: Tensor, block: slice) -> tuple[Tensor, float | Tensor]:
+        """(n, v) fp32 logits over the temperature, in place, and their derivatives by x.
+
+        x is the head's output for the token ids of the block.
+        """
         slope = self.scale / self.temperature
         logits = x.mul_(slope)
         if self.cap:
             cap = self.cap / self.temperature
             bounded = torch.tanh(logits / cap)
             logits, slope = cap * bounded, slope * (1 - bounded**2)
-        logits[:, self.banned] -= 100 / self.temperature
+        banned = [i - block.start for i in self.banned if block.start <= i < block.stop]
+        logits[:, banned] -= 100 / self.temperature
         return logits, slope
 
 
 class LinearLogprobs(torch.autograd.Function):
-    """TokenSoftmax of a linear layer, whose logits are computed again to get their gradient.
+    """TokenSoftmax of a linear layer, whose logits exist for one block of the vocabulary at a time.
 
         d log p(target) / d logits = onehot(target) - p
 
-    The gradient of the weight is summed over all chunks in fp32: in bf16 every addition rounds, by
-    more the larger the sum is, and with 512 chunks it would be 2 % off, instead of 0.3 %. Memory is
-    taken once for all chunks: most of the time would go into new pages of it.
+    Sums over the vocabulary are corrected whenever a larger logit comes (arXiv 1805.02867). The
+    backward pass knows them, and gets each row of the weight's gradient by one product over all
+    tokens. It computes logits again, but for a part of the blocks, which are kept: memory for time.
+    Memory is taken once for all blocks: most of the time would go into new pages of it.
     """
+    KEPT = 0.3  # of the blocks, or the only one
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-                softmax: TokenSoftmax, rows: int) -> tuple[Tensor, Tensor]:
+                softmax: TokenSoftmax, columns: int) -> tuple[Tensor, Tensor]:
         device, dtype = hidden.device.type, weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        # In the type of the products, once and not for every chunk.
+        # In the type of the products, once and not for every block.
         states, weight = hidden.to(dtype), weight.to(dtype)              # (N, H), (V, H)
         if bias is not None:
             bias = bias.to(dtype)                                        # (V,)
-        ctx.softmax, ctx.rows = softmax, min(rows, len(states))
-        room = states.new_empty(ctx.rows, len(weight))
+        N, V = len(states), len(weight)
+        ctx.softmax, ctx.kept = softmax, []
+        ctx.blocks = [slice(i, min(i + columns, V)) for i in range(0, V, columns)]
+        room = states.new_empty(N * min(columns, V))
         spare = torch.empty_like(room, dtype=torch.float32)
-        logprobs, entropies, log_z = spare.new_empty(3, len(states))     # (N,) each
-        for start in range(0, len(states), ctx.rows):
-            chunk = slice(start, start + ctx.rows)
-            logits, _ = softmax.logits(linear_into(room, states[chunk], weight, bias))  # (n, V)
-            largest = logits.amax(-1)                                    # (n,)
+        largest = spare.new_full((N,), -1e30)
+        total, weighted, of_target = spare.new_zeros(3, N)               # of p, of p * logits
+        for number, block in enumerate(ctx.blocks):
+            x = linear_into(room, states, weight, bias, block)           # (N, v)
+            if number < max(1, LinearLogprobs.KEPT * len(ctx.blocks)):
+                ctx.kept.append(x.clone())
+            logits, _ = softmax.logits(x.float(), block)
+            rows, ids = inside(targets, block)
+            of_target[rows] = logits[rows, ids]
+            before, largest = largest, torch.maximum(largest, logits.amax(-1))
             logits -= largest[:, None]
-            p = torch.exp(logits, out=spare[:len(logits)])               # (n, V), times their sum
-            total = p.sum(-1)
-            log_z[chunk] = largest + total.log()
-            logprobs[chunk] = logits.gather(1, targets[chunk, None])[:, 0] - total.log()
-            # H = -sum_v p_v log p_v, where 0 log 0 is 0
-            entropies[chunk] = total.log() - p.mul_(logits.clamp_(min=-1e30)).sum(-1) / total
-        ctx.save_for_backward(states, weight, bias, targets, log_z)
-        entropies.clamp_(min=0)
+            p = torch.exp(logits, out=spare[:logits.numel()].view_as(logits))
+            shrink = (before - largest).exp()
+            weighted = shrink * (weighted + total * (before - largest))
+            total = shrink * total + p.sum(-1)
+            weighted += p.mul_(logits.clamp_(min=-1e30)).sum(-1)  # where 0 log 0 is 0
+        logprobs = of_target - largest - total.log()
+        # H = -sum_v p_v log p_v
+        entropies = (total.log() - weighted / total).clamp_(min=0)
+        ctx.save_for_backward(states, weight, bias, targets, largest + total.log())
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
@@ -142,36 +159,48 @@ class LinearLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor, _):
         states, weight, bias, targets, log_z = ctx.saved_tensors
-        of_states, of_weight, of_bias = torch.empty_like(states), None, None
-        if ctx.needs_input_grad[1]:
-            of_weight = torch.zeros_like(weight, dtype=torch.float32)
-        if bias is not None:
-            of_bias = torch.zeros_like(bias, dtype=torch.float32)
-        room = states.new_empty(ctx.rows, len(weight))
-        for start in range(0, len(states), ctx.rows):
-            chunk = slice(start, start + ctx.rows)
-            h = states[chunk]                                            # (n, H)
-            logits, slope = ctx.softmax.logits(linear_into(room, h, weight, bias))
-            of_x = logits.sub_(log_z[chunk, None]).exp_().neg_()         # (n, V): -p
-            of_x[range(len(h)), targets[chunk]] += 1
-            of_x *= gradient[chunk, None] * slope
+        of_states = torch.zeros_like(states, dtype=torch.float32)        # (N, H)
+        of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        of_bias = torch.empty_like(bias) if bias is not None else None
+        room = torch.empty_like(ctx.kept[0]).view(-1)  # the first block is as wide as any
+        for number, block in enumerate(ctx.blocks):
+            if number < len(ctx.kept):
+                x = room[:ctx.kept[number].numel()].view_as(ctx.kept[number])
+                x.copy_(ctx.kept[number])
+            else:
+                x = linear_into(room, states, weight, bias, block)
+            logits, slope = ctx.softmax.logits(x.float(), block)
+            of_x = logits.sub_(log_z[:, None]).exp_().neg_()             # (N, v): -p
+            rows, ids = inside(targets, block)
+            of_x[rows, ids] += 1
+            of_x *= gradient[:, None] * slope
             of_x = of_x.to(weight.dtype)
-            torch.mm(of_x, weight, out=of_states[chunk])
-            if of_weight is not None and of_x.dtype == of_weight.dtype:
-                of_weight.addmm_(of_x.T, h)
-            elif of_weight is not None:
-                of_weight += of_x.T @ h
+            if of_x.dtype == of_states.dtype:
+                of_states.addmm_(of_x, weight[block])
+            else:
+                of_states += of_x @ weight[block]
+            if of_weight is not None:
+                torch.mm(of_x.T, states, out=of_weight[block])
             if of_bias is not None:
-                of_bias += of_x.sum(0, dtype=torch.float32)
+                of_bias[block] = of_x.sum(0, dtype=torch.float32)
         return of_states, of_weight, of_bias, None, None, None
 
 
-def linear_into(room: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(n, V) hidden @ weight.T + bias, in the first n rows of room; fp32."""
-    x = torch.mm(hidden, weight.T, out=room[:len(hidden)])
+def inside(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Which of the targets are in the block, and their places in it."""
+    rows = ((targets >= block.start) & (targets < block.stop)).nonzero()[:, 0]
+    return rows, targets[rows] - block.start
+
+
+def linear_into(room: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+                block: slice) -> Tensor:
+    """(N, v) hidden @ weight.T + bias for this block of the vocabulary, in the memory of room."""
+    weight = weight[block]
+    x = room[:len(hidden) * len(weight)].view(len(hidden), len(weight))
+    torch.mm(hidden, weight.T, out=x)
     if bias is not None:
-        x += bias
-    return x.float()
+        x += bias[block]
+    return x
 
 
 def grpo_loss(logprobs: Tensor, entropies: Tensor, behavior_logprobs: Tensor, advantages: Tensor,
