@@ -88,8 +88,9 @@ class Policy(torch.nn.Module):
             add_adapters(model, config.lora_rank)
         if config.freeze_vision:
             freeze_vision(model)
-        # FSDP, which finds its weights on the CPU, wants one type for all of a block.
-        train_in_fp32(model, keep_frozen=model.device.type == "cuda")
+        # FSDP wants one type for all weights of a block.
+        is_sharded = distributed.is_initialized() or config.cpu_offload
+        train_in_fp32(model, keep_frozen=model.device.type == "cuda" and not is_sharded)
 
     def ban(self, tokenizer, strings: list[str]) -> None:
         """Ban the tokens of these strings, too, which the processor takes for images."""
