@@ -256,7 +256,8 @@ class Policy(torch.nn.Module):
             self.device = torch.device("cuda", torch.cuda.current_device())
             compute_dtype = torch.bfloat16
         options = {"mp_policy": MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32),
-                   "offload_policy": CPUOffloadPolicy(pin_memory=gpu) if offload else
+                   # Not pinned: torch rounds that up to powers of two, for 7B from 66 to 118 GB.
+                   "offload_policy": CPUOffloadPolicy(pin_memory=False) if offload else
                    OffloadPolicy()}
         if not distributed.is_initialized():
             distributed.init_process_group(rank=0, world_size=1, store=distributed.HashStore())

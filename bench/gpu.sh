@@ -17,9 +17,9 @@ step-2b-rows 120
 step-2b-long 120
 step-2b-saving 120
 step-7b-lora 180
-step-7b-whole 300
 head 60
-gathering 180
+gathering 120
 server 150
+step-7b-whole 360
 END
 exit $failed

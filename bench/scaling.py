@@ -187,7 +187,7 @@ def measured() -> list[str]:
     turns = {}  # seconds by workload and side
     for text in (ROOT / "results" / "bench_step.jsonl").read_text().splitlines():
         record = json.loads(text)
-        if record["side"] in ("shared", "rows"):
+        if record["side"] in ("shared", "rows") and record["device"] == "cpu":
             turns.setdefault((record["workload"], record["side"]), []).extend(record["seconds"])
     for (name, side), seconds in turns.items():
         workload = WORKLOADS[name]

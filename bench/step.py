@@ -145,8 +145,10 @@ def plain_logprobs(model, encoded: dict, ids: list[int]) -> list[float]:
            for key, t in encoded.items() if key != "attention_mask"}
     row = {key: t.to(model.device) for key, t in row.items()}
     row["input_ids"][0, -len(ids):] = new
-    logits = model(**row, logits_to_keep=len(ids) + 1).logits[0, :-1]
-    return logits.log_softmax(-1).gather(1, new[:, None])[:, 0].tolist()
+    cuda = model.device.type == "cuda"
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=cuda):
+        logits = model(**row, logits_to_keep=len(ids) + 1).logits[0, :-1]
+    return logits.float().log_softmax(-1).gather(1, new[:, None])[:, 0].tolist()
 
 
 def run_ours(rollouts: list, workload: Workload, side: str, model, adapter, steps: int) -> tuple:
