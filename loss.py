@@ -66,9 +66,9 @@ def token_logprobs(hidden: Tensor, targets: Tensor, head, temperature: float,
 
 
 def room_for_logits(device: torch.device) -> int:
-    """How many logits are held at a time: 64 MB of them, or a sixty-fourth of a GPU's memory."""
+    """How many logits are held at a time: 64 MB of them, or of a GPU's memory one part in 256."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // (64 * 4)
+        return torch.cuda.get_device_properties(device).total_memory // (256 * 4)
     return 2**24
 
 

@@ -255,8 +255,8 @@ class Policy(torch.nn.Module):
         if gpu:
             self.device = torch.device("cuda", torch.cuda.current_device())
             compute_dtype = torch.bfloat16
-        options = {"mp_policy": MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32),
-                   # Not pinned: torch rounds that up to powers of two, for 7B from 66 to 118 GB.
+        options = {"mp_policy": MixedPrecisionPolicy(  # logprobs that go in stay fp32
+                       compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
                    "offload_policy": CPUOffloadPolicy(pin_memory=False) if offload else
                    OffloadPolicy()}
         if not distributed.is_initialized():
@@ -267,6 +267,9 @@ class Policy(torch.nn.Module):
             receive([tensor for tensor in [*module.parameters(), *module.buffers()]
                      if not isinstance(tensor, DTensor)], self.device)
             fully_shard(module, **options)
+        if offload and gpu:
+            for parameter in self.parameters():
+                pin(parameter.to_local())
         register_fsdp_forward_method(self, "model_logprobs")
         register_fsdp_forward_method(self, "read_prompts")
 
@@ -286,9 +289,19 @@ class Policy(torch.nn.Module):
         dtype = torch.bfloat16 if self.device.type == "cuda" else None
         whole = {}
         for name, tensor in layer.items():
-            tensor = tensor.detach().to(self.device, dtype)
+            tensor = tensor.detach().to(self.device).to(dtype=dtype)
             whole[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         return merge_adapters(whole)
+
+
+def pin(tensor: Tensor) -> None:
+    """Lock the host memory of this tensor where it is: a GPU reads it several times as fast.
+
+    torch's own pin_memory takes powers of two: for the weights and gradients of 7B 118 GB, not 66.
+    """
+    error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+    if error:
+        tqdm.write(f"cpu_offload: {tensor.nbytes:,} bytes could not be pinned: CUDA error {error}")
 
 
 def vision_token_ids(model_config) -> list[int]:

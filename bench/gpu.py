@@ -62,23 +62,23 @@ class Bench:
         return trainer, rollouts
 
     def steps(self, model: str, workload, dtype=torch.float32, useful: float = 1.0,
-              **options) -> dict:
-        """Seconds of two steps after a first one, peak memory, and the share of the peak flops.
+              timed: int = 2, **options) -> dict:
+        """Seconds of some steps after a first one, peak memory, and the share of the peak flops.
 
         useful: the share of the formula's work that has to be done; 0 if it is not to be told.
         """
         from rollout import GenerateOutputs
         trainer, rollouts = self.trainer(model, workload, dtype, **options)
-        outputs, seconds = GenerateOutputs.from_rollouts(rollouts), []
+        outputs, seconds, norms = GenerateOutputs.from_rollouts(rollouts), [], []
         if not self.dry:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(3):
+        for _ in range(1 + timed):
             start = time.perf_counter()
-            norm = trainer.update(outputs)["grad_norm"]
+            norms.append(trainer.update(outputs)["grad_norm"])
             self.wait()
             seconds.append(time.perf_counter() - start)
-        found = {"seconds": seconds[1:], "peak_gb": step.peak_gb(self.device), "grad_norm": norm}
+        found = {"seconds": seconds[1:], "peak_gb": step.peak_gb(self.device), "grad_norm": norms[0]}
         tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
         found["tokens_per_second"] = tokens / min(seconds[1:])
         if useful and not self.dry:
@@ -127,7 +127,7 @@ def whole(bench: Bench) -> dict:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     frozen = host < 140e9 and not bench.dry
     found = bench.steps("7b", LONG, cpu_offload=True, micro_batch_size=64, freeze_vision=frozen,
-                        **SAVING)
+                        timed=1, **SAVING)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {**found, "freeze_vision": frozen, "host_gb": host / 1e9, "used_host_gb": used / 1e9}
 
@@ -168,8 +168,9 @@ PARTS = {
     "exact-fp32": lambda bench: exactness(bench, autocast=False),
     "exact-bf16": lambda bench: exactness(bench, autocast=True),
     "step-2b": lambda bench: bench.steps("2b", SHORT, share_prompt=True),
-    "step-2b-rows": lambda bench: bench.steps("2b", SHORT, useful=0, share_prompt=False),
-    "step-2b-long": lambda bench: bench.steps("2b", LONG, share_prompt=True),
+    "step-2b-rows": lambda bench: bench.steps("2b", SHORT, useful=0, share_prompt=False,
+                                              micro_batch_size=4),
+    "step-2b-long": lambda bench: bench.steps("2b", LONG, share_prompt=True, micro_batch_size=8),
     "step-2b-saving": lambda bench: bench.steps("2b", LONG, **SAVING),
     "step-7b-lora": lambda bench: bench.steps("7b", LONG, share_prompt=True, **LORA),
     "step-7b-whole": whole,

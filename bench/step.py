@@ -1,7 +1,7 @@
 """Seconds and memory of one optimizer step, against TRL's on the same rollouts.
 
     python bench/step.py [short long8 long16 text micro checkpointed
-                          head head-1k head-wide head-wide-1k] [--rounds 3] [--trl-python PATH]
+                          gpu head head-1k head-wide head-wide-1k] [--rounds 3] [--trl-python PATH]
                          [--device cuda] [--model 2b]
 
 Canned rollouts, no server: random images, completions and weights. Timed is all from rollouts to
@@ -54,6 +54,7 @@ class Workload:
     prompt_tokens: int = 300  # 256 of them the image
     image: bool = True
     sides: tuple[str, ...] = ("shared", "rows", "trl")
+    rows: int = 0  # completions in a micro-batch of the sides that do not share; 0: the group
 
 
 WORKLOADS = {
@@ -63,6 +64,7 @@ WORKLOADS = {
     "text": Workload(4, 8, 128, prompt_tokens=64, image=False),
     "micro": Workload(1, 32, 32, sides=("micro64", "micro4")),
     "checkpointed": Workload(1, 16, 64, sides=("shared", "saving", "saving-rows")),
+    "gpu": Workload(2, 16, 256, rows=4),
 }
 HEADS = {  # (tokens N, hidden size H), see run_head
     "head": (4096, 256), "head-1k": (1024, 256),
@@ -158,7 +160,9 @@ def run_ours(rollouts: list, workload: Workload, side: str, model, adapter, step
     from train import MultimodalGRPOTrainer
     config = MultimodalRLConfig(**{
         "batch_size": len(rollouts), "rollouts_per_step": workload.prompts,
-        "learning_rate": LEARNING_RATE, "micro_batch_size": workload.group, **OURS[side]})
+        "learning_rate": LEARNING_RATE, "micro_batch_size": workload.group,
+        **({"micro_batch_size": workload.rows} if workload.rows and "rows" in side else {}),
+        **OURS[side]})
     trainer = MultimodalGRPOTrainer(model, adapter.processor.tokenizer, adapter, config)
     outputs = GenerateOutputs.from_rollouts(rollouts)
     seconds, norms = [], []
@@ -177,6 +181,7 @@ def run_trl(rollouts: list, workload: Workload, side: str, model, adapter, steps
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
     group, cuda = workload.group, model.device.type == "cuda"
+    rows = workload.rows or group
     unseen = {tuple(r.prompt_ids + r.completion_ids): r for r in rollouts}
     seconds = []
 
@@ -191,7 +196,7 @@ def run_trl(rollouts: list, workload: Workload, side: str, model, adapter, steps
             rollout = unseen.pop(tuple(ids))
             if rollout.images:
                 wanted = adapter.encode(rollout.prompt, rollout.images)["pixel_values"]
-                assert torch.equal(kwargs["pixel_values"].chunk(group)[i].cpu(), wanted)
+                assert torch.equal(kwargs["pixel_values"].chunk(rows)[i].cpu(), wanted)
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
@@ -202,19 +207,19 @@ def run_trl(rollouts: list, workload: Workload, side: str, model, adapter, steps
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - self.start)
 
-    rows = [{"prompt": [{"role": "user", "content": r.prompt[0]["content"][-1]["text"]}],
-             **({"images": r.images} if r.images else {})} for r in rollouts[::group]]
+    prompts = [{"prompt": [{"role": "user", "content": r.prompt[0]["content"][-1]["text"]}],
+                **({"images": r.images} if r.images else {})} for r in rollouts[::group]]
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model, lambda completions, canned, **_: canned,
-            GRPOConfig(folder, per_device_train_batch_size=group, num_generations=group,
-                       gradient_accumulation_steps=workload.prompts, max_steps=steps,
+            GRPOConfig(folder, per_device_train_batch_size=rows, num_generations=group,
+                       gradient_accumulation_steps=len(rollouts) // rows, max_steps=steps,
                        max_completion_length=workload.tokens, learning_rate=LEARNING_RATE,
                        loss_type="dapo", scale_rewards="none", beta=0.0, temperature=1.0,
                        num_iterations=1, use_vllm=False, gradient_checkpointing=False, bf16=cuda,
                        use_cpu=not cuda, shuffle_dataset=False, logging_steps=1,
                        save_strategy="no", report_to="none", disable_tqdm=True),
-            Dataset.from_list(rows), processing_class=adapter.processor, callbacks=[Clock()],
+            Dataset.from_list(prompts), processing_class=adapter.processor, callbacks=[Clock()],
             rollout_func=lambda prompts, trainer: dict(canned))
         model.register_forward_pre_hook(check, with_kwargs=True)
         trainer.train()
@@ -247,6 +252,9 @@ def run_head(side: str, tokens: int, width: int, device: str) -> dict:
         return [logprobs.detach(), entropies, *gradients]
 
     ways = {"chunked": lambda: token_logprobs(hidden, targets, head, 1.0), "plain": plain}
+    if device == "cuda":
+        step(ways[side])  # its first time loads kernels
+        torch.cuda.reset_peak_memory_stats()
     before, start = peak_gb(device), time.perf_counter()
     found = step(ways[side])
     if device == "cuda":
@@ -334,7 +342,8 @@ def main() -> None:
     sides |= dict.fromkeys(HEADS, ("chunked", "plain"))
     lines = []
     RAW.parent.mkdir(exist_ok=True)
-    for name in sides if "all" in args.workloads else args.workloads:
+    every = [name for name in sides if name != "gpu"]
+    for name in every if "all" in args.workloads else args.workloads:
         for side in sides[name] * args.rounds:
             if side == "trl" and trl.returncode:
                 continue

@@ -270,6 +270,43 @@ torch.save((lines, full_weights(trainer.policy), full_weights(resumed.policy)), 
 """
 
 
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}])
+def test_a_sharded_model_computes_in_bf16_as_a_whole_one_does(options, tmp_path):
+    """As on a GPU, where FSDP casts the weights, and might cast what goes in."""
+    torch.save(canned(make_trainer(), MIXTURE), tmp_path / "outputs")
+    script = tmp_path / "steps.py"
+    script.write_text(IN_BF16.format(root=str(ROOT), folder=str(tmp_path), options=options))
+    subprocess.run([sys.executable, str(script)], check=True, timeout=300)
+    whole, sharded = torch.load(tmp_path / "found", weights_only=False)
+    assert whole["loss"] != sharded["loss"]  # a stream of bf16 is not one of fp32
+    assert sharded["loss"] == pytest.approx(whole["loss"], abs=2e-3)
+    assert sharded["grad_norm"] == pytest.approx(whole["grad_norm"], rel=0.02)
+    assert sharded["ent"] == pytest.approx(whole["ent"], rel=0.01)
+
+
+IN_BF16 = """
+import sys
+import torch
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import policy
+from conftest import make_trainer
+from support import check
+
+real = policy.MixedPrecisionPolicy
+policy.MixedPrecisionPolicy = lambda dtype, **options: real(torch.bfloat16, **options)
+policy.Policy.autocast = lambda self: torch.autocast("cpu", torch.bfloat16)
+check.is_exact = lambda policy: False
+outputs = torch.load({folder!r} + "/outputs", weights_only=False)
+found = []
+for offload in (False, True):
+    trainer = make_trainer(**{options!r}, cpu_offload=offload)
+    found.append(trainer.update(outputs))
+    assert trainer.policy.can_share
+    assert all(p.grad is None and p.dtype == torch.float32 for p in trainer.model.parameters())
+torch.save(found, {folder!r} + "/found")
+"""
+
+
 FAILS = """
 import sys
 sys.path[:0] = [{root!r}]
