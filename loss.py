@@ -55,6 +55,8 @@ def token_logprobs(hidden: Tensor, targets: Tensor, head, temperature: float,
     room = max_logits or room_for_logits(hidden.device)
     if type(head) is torch.nn.Linear:
         columns = max(1, room // max(1, len(hidden)))
+        if columns > 128:
+            columns -= columns % 128  # multiples suit a GPU's tensor cores
         return LinearLogprobs.apply(hidden, head.weight, head.bias, targets, softmax, columns)
     # The parameters of any other head are known to autograd alone: it runs row by row, and once more
     # in the backward pass.
@@ -95,7 +97,7 @@ class TokenSoftmax:
         x is the head's output for the token ids of the block.
         """
         slope = self.scale / self.temperature
-        logits = x.mul_(slope)
+        logits = x if slope == 1 else x.mul_(slope)
         if self.cap:
             cap = self.cap / self.temperature
             bounded = torch.tanh(logits / cap)
@@ -170,11 +172,10 @@ class LinearLogprobs(torch.autograd.Function):
             else:
                 x = linear_into(room, states, weight, bias, block)
             logits, slope = ctx.softmax.logits(x.float(), block)
-            of_x = logits.sub_(log_z[:, None]).exp_().neg_()             # (N, v): -p
+            p = logits.sub_(log_z[:, None]).exp_()                       # (N, v)
             rows, ids = inside(targets, block)
-            of_x[rows, ids] += 1
-            of_x *= gradient[:, None] * slope
-            of_x = of_x.to(weight.dtype)
+            p[rows, ids] -= 1
+            of_x = p.mul_(-gradient[:, None] * slope).to(weight.dtype)
             if of_x.dtype == of_states.dtype:
                 of_states.addmm_(of_x, weight[block])
             else:

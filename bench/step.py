@@ -293,7 +293,8 @@ def child(args) -> dict:
     seconds, norms = (run_trl if side == "trl" else run_ours)(
         rollouts, WORKLOADS[name], side, model, adapter, 1 + args.steps)
     return {"seconds": seconds[1:], "peak_gb": peak_gb(args.device), "before_gb": before,
-            "grad_norm": norms[0], "prompt_tokens": len(rollouts[0].prompt_ids)}
+            "grad_norm": norms[0], "prompt_tokens": len(rollouts[0].prompt_ids),
+            **({"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {})}
 
 
 def turn(args, name: str, side: str) -> dict:

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from bench.gpu import PARTS
 from bench.scaling import on_meta, published
 from conftest import ROOT
-from policy import add_adapters, train_in_fp32
+from policy import add_adapters, pin, train_in_fp32
 from support.config import load_config
 
 
@@ -66,6 +67,27 @@ def test_a_config_fits_its_gpu_by_the_sum_that_it_states(name, size, gpu, rank):
         server = config.inference_args["gpu_memory_utilization"] * gpu
         assert counted(size, 1)[0] < 0.8 * server
     assert weights + trained + sent + server < gpu * 0.9  # the rest is for activations
+
+
+def test_offloaded_weights_are_pinned_as_long_as_they_live(monkeypatch, capsys):
+    pinned, errors = {}, SimpleNamespace(success=object())
+    cuda = SimpleNamespace(cudaError=errors, cudaHostUnregister=pinned.pop,
+                           cudaHostRegister=lambda start, size, flags:
+                           errors.success if pinned.setdefault(start, size) else "no")
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+
+    class Sharded:  # as a DTensor is
+        def __init__(self, tensor):
+            self.to_local = lambda: tensor
+
+    tensor = torch.zeros(3, 4)
+    parameter = Sharded(tensor)
+    pin(parameter)
+    assert pinned == {tensor.data_ptr(): 48} and not capsys.readouterr().out
+    del parameter
+    assert not pinned
+    pin(Sharded(torch.zeros(0)))
+    assert "0 bytes could not be pinned: no" in capsys.readouterr().out
 
 
 def test_every_part_of_the_bench_for_a_gpu_runs():
