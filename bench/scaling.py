@@ -2,14 +2,14 @@
 
 Parameters are counted on models of the real shapes without memory (torch's meta device); work and
 bytes follow from them. The formula of the work is held against the steps that were measured, in
-results/bench_step.jsonl. What a GPU makes of it is ASSUMED below, in one place: replace the
-assumptions by your own measurements and run this again. Where results/gpu.jsonl has lines, which
-`bash bench/gpu.sh` writes on a GPU, the share of its peak and the speed of a sync are theirs.
+results/bench_step.jsonl, and that of the memory against results/gpu.jsonl. What a GPU makes of it is
+ASSUMED below, in one place: replace the assumptions by your own measurements and run this again. The
+share of a GPU's peak and the speed of reading weights for a sync are those of results/gpu.jsonl, to
+which `bash bench/gpu.sh` adds lines on a GPU.
 """
 import json
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,23 +25,29 @@ SHAPES = {  # text: hidden, layers, heads, kv heads, intermediate, vocabulary, t
     "2B": (1536, 28, 12, 2, 8960, 151936, True), "7B": (3584, 28, 28, 4, 18944, 152064, False),
     "72B": (8192, 80, 64, 8, 29568, 152064, False)}
 G, PROMPTS, PROMPT, COMPLETION, PATCHES, CONTEXT = 32, 32, 1024 + 100, 512, 4096, 2048
-PEAK, MFU = 989e12, 0.35                     # bf16 flops/s of an H100; share in training, prefill
+PEAK = 989e12                                # bf16 flops/s of an H100
 HBM, HBM_USED, SEQUENCES = 3.35e12, 0.6, 128  # bytes/s; share in decoding; at a time per replica
-NVLINK, NETWORK, PCIE = 300e9, 40e9, 25e9    # bytes/s, one way, as NCCL reaches them
-MEMORY = 80e9
+NVLINK, NETWORK = 300e9, 40e9                # bytes/s, one way, as NCCL reaches them
+PINNED, PAGEABLE = 54e9, 1.4e9               # bytes/s to and from pinned memory, to fresh pageable
+MEMORY, USABLE = 80e9, 0.9
 MICRO_BATCH = 8                              # completions
+KEPT = 90  # bytes of a layer per token (patch) and hidden unit, kept for the backward pass
 
 
 def on_gpu(part: str, key: str, assumed: float) -> float:
     """The last measurement of a part of bench/gpu.py, or what is assumed without one."""
-    path = ROOT / "results" / "gpu.jsonl"
-    lines = map(json.loads, path.read_text().splitlines() if path.exists() else ())
-    found = [line[key] for line in lines if line["part"] == part and key in line]
+    found = [line[key] for line in GPU_LINES if line["part"] == part and key in line]
     return found[-1] if found else assumed
 
 
-MFU = on_gpu("step-2b-long", "mfu", MFU)
-GATHERED = on_gpu("gathering", "gb_per_second", PCIE / 1e9) * 1e9  # bytes/s from host memory
+GPU_STEPS = {  # of bench/gpu.py: size, trained, completions at a time, tokens of each, checkpointed
+    "step-2b": ("2B", "all", 16, 64, False), "step-2b-saving": ("2B", "all", 32, 512, True),
+    "step-7b-lora": ("7B", "LoRA", 8, 512, False)}
+GPU_FILE = ROOT / "results" / "gpu.jsonl"
+GPU_LINES = [json.loads(line) for line in
+             (GPU_FILE.read_text().splitlines() if GPU_FILE.exists() else ())]
+MFU = on_gpu("step-7b-lora", "mfu", 0.35)  # share of the peak in training and in prefill
+GATHERED = on_gpu("gathering", "gb_per_second", 4.0) * 1e9  # bytes/s from host memory
 
 
 @dataclass
@@ -51,7 +57,8 @@ class Model:
     vision: int
     hidden: int
     layers: int
-    vision_size: int   # hidden size x layers
+    vision_hidden: int
+    vision_layers: int
     kv_bytes: int      # of one token, bf16
     total: int
 
@@ -72,7 +79,7 @@ def count(text: dict, vision: dict, tied: bool) -> Model:
     hidden, layers = text["hidden_size"], text["num_hidden_layers"]
     kv_size = hidden // text["num_attention_heads"] * text["num_key_value_heads"]
     return Model(size(model.model.language_model.layers), size(model.lm_head),
-                 size(model.model.visual), hidden, layers, vision["embed_dim"] * vision["depth"],
+                 size(model.model.visual), hidden, layers, vision["embed_dim"], vision["depth"],
                  4 * layers * kv_size, size(model))
 
 
@@ -93,7 +100,31 @@ def work(model: Model, prompts: int, group: int, prompt: int, completion: int,
     head = 7.4 * model.head * sampled  # seven tenths of its forward run twice
     return (6 * model.decoder * tokens + head
             + 12 * model.hidden * model.layers * pairs
-            + prompts * patches * (6 * model.vision + 12 * model.vision_size * patches))
+            + prompts * patches * (6 * model.vision + 12 * model.vision_hidden * model.vision_layers * patches))
+
+
+def activations(model: Model, tokens: float, patches: float, checkpointed: bool,
+                sharded: bool) -> float:
+    """Bytes kept for the backward pass of so many tokens and patches.
+
+    Checkpointed: the input of every layer, bf16 in a sharded model and else fp32, and all of one.
+    """
+    def of_layers(layers: int) -> int:
+        return (2 if sharded else 4) * layers + KEPT if checkpointed else KEPT * layers
+
+    return (of_layers(model.layers) * model.hidden * tokens
+            + of_layers(model.vision_layers) * model.vision_hidden * patches)
+
+
+def state(model: Model, how: str, each: int) -> float:
+    """Bytes of weights, gradients and moments on each of so many GPUs; how: see plan()."""
+    if how == "offloaded":  # at work: embeddings and head, and three blocks, with gradients
+        rest = model.total - model.decoder - model.vision
+        return 12 * (rest + 3 * model.decoder / model.layers)
+    if how == "LoRA":  # of frozen weights bf16 alone
+        return 2 * model.total / each
+    # fp32 weights, gradients, two moments; one GPU alone keeps the weights' bf16 copies, too
+    return (18 if each == 1 else 16) * model.total / each
 
 
 def plan(model: Model, gpus: int, how: str) -> dict[str, float] | None:
@@ -105,28 +136,24 @@ def plan(model: Model, gpus: int, how: str) -> dict[str, float] | None:
     each, replica = gpus // 2, 1  # GPUs of a vLLM replica: the smallest for weights and KV cache
     while (2 * model.total + SEQUENCES * CONTEXT * model.kv_bytes) / replica > 0.9 * MEMORY:
         replica *= 2
-    # fp32 weights, gradients, two moments; of frozen weights bf16
-    state = (2 if how == "LoRA" else 16) * model.total / each
-    micro_batch = MICRO_BATCH
-    if how == "offloaded":  # at work: embeddings and head, and three blocks, with gradients
-        micro_batch = 2 * G
-        rest = model.total - model.decoder - model.vision
-        state = 12 * (rest + 3 * model.decoder / model.layers)
+    micro_batch = 2 * G if how == "offloaded" else MICRO_BATCH
     flops = work(model, PROMPTS, G, PROMPT, COMPLETION, PATCHES)
-    tokens = max(1, micro_batch / G) * PROMPT + micro_batch * COMPLETION
-    # kept for the backward pass: about 34 bytes per token, hidden unit and layer (bf16)
-    activations = 34 * model.hidden * model.layers * tokens
-    if how in ("checkpointed", "offloaded"):  # inputs, and one layer; forwarded twice
-        activations = (2 * model.layers + 34) * model.hidden * tokens
+    images = max(1, micro_batch / G)  # of a micro-batch
+    tokens = images * PROMPT + micro_batch * COMPLETION
+    checkpointed = how in ("checkpointed", "offloaded")
+    kept = activations(model, tokens, images * PATCHES, checkpointed,
+                       sharded=each > 1 or how == "offloaded")
+    held = state(model, how, each)
+    if checkpointed:
         flops *= 8 / 6
-    if replica > each or state + activations > 0.95 * MEMORY:
+    if replica > each or held + kept > USABLE * MEMORY:
         return None
-    gathered = 3 * 2 * model.total  # FSDP: weights twice, gradients once; bf16 of every block
-    wire = 0 if each == 1 else gathered * (each - 1) / each / (NVLINK if each <= 8 else NETWORK)
     chunks = PROMPTS * G / micro_batch / each
-    wire *= chunks
-    if how == "offloaded":  # to the GPU, in fp32, for completions and for prompts, and again
-        wire += 16 * model.total / each * chunks / PCIE
+    # FSDP: weights twice, gradients once; bf16 of every block
+    wire = (0 if each == 1 else
+            3 * 2 * model.total * (each - 1) / each / (NVLINK if each <= 8 else NETWORK) * chunks)
+    if how == "offloaded":  # in fp32: weights for completions and prompts, and again; gradients
+        wire += chunks * 4 * model.total / each * (4 / PINNED + 1 / PAGEABLE)
     if how == "offloaded":  # the sync's, too
         gathering = 2 * model.total / GATHERED
     else:
@@ -139,7 +166,7 @@ def plan(model: Model, gpus: int, how: str) -> dict[str, float] | None:
     prefill = 2 * model.total * PROMPTS * PROMPT / each / (PEAK * MFU)
     return {"train": train, "rollout": sampled / replicas / running * token + prefill,
             "sync": gathering + 2 * model.total / (NVLINK if gpus <= 8 else NETWORK),
-            "state": state, "activations": activations, "replica": replica,
+            "state": held, "activations": kept, "replica": replica,
             "server": 2 * model.total / replica, "each": each, "sampled": sampled,
             "trained": PROMPTS * PROMPT + sampled}
 
@@ -169,16 +196,6 @@ def planned() -> list[str]:
     return lines
 
 
-def product_rate(size: int = 2048) -> float:
-    """Flops per second of a plain fp32 matrix product on this machine, the best of ten."""
-    a, seconds = torch.randn(size, size), []
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
-
-
 def measured() -> list[str]:
     """The work of the steps of bench/step.py, by the same formula, and how fast it was done."""
     shape = MODELS["tiny"]
@@ -199,13 +216,32 @@ def measured() -> list[str]:
         median = statistics.median(seconds)
         lines.append(f"| {name} | {side} | {flops / 1e12:.2f} | {median:.2f} | "
                      f"{flops / median / 1e9:.0f} |")
-    return [*lines, f"| a plain product of matrices | | | | {product_rate() / 1e9:.0f} |"]
+    return lines
+
+
+def on_gpus() -> list[str]:
+    """The steps that bench/gpu.py measured, and what the formula says of their memory."""
+    lines = ["| step | GPU | seconds | sampled tokens/s | of the peak | GB | GB by the formula |",
+             "|---|---|---|---|---|---|---|"]
+    for line in GPU_LINES:
+        if line["part"] not in GPU_STEPS or "seconds" not in line:
+            continue
+        size, how, rows, length, checkpointed = GPU_STEPS[line["part"]]
+        model = count(*published(size))
+        tokens = 2 * 300 + rows * length  # two prompts, each with 1,024 patches
+        counted = state(model, how, 1) + activations(
+            model, tokens, 2 * 1024, checkpointed, sharded=False)
+        lines.append(
+            f"| {line['part']} | {line['device']} | {min(line['seconds']):.2f} | "
+            f"{line['tokens_per_second']:,.0f} | {line.get('mfu', 0) * 100:.0f} % | "
+            f"{line['peak_gb']:.1f} | {counted / 1e9:.1f} |")
+    return lines
 
 
 def main() -> None:
     path = ROOT / "docs" / "scaling.md"
     text = path.read_text()
-    for name, lines in (("plan", planned()), ("measured", measured())):
+    for name, lines in (("plan", planned()), ("gpus", on_gpus()), ("measured", measured())):
         before, rest = text.split(f"<!-- {name} -->\n")
         after = rest.split("<!-- end -->", 1)[1]
         text = f"{before}<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- end -->{after}"
