@@ -77,6 +77,8 @@ class Policy(torch.nn.Module):
         self.banned = vision_token_ids(model.config)
         vars(self).update(logit_changes(model.config)[0])  # scale and cap
         self.completion_type = 0  # in the token types that a family wants beside the ids
+        # transformers warns that a checkpointed layer has no cache; with ours it has, unasked.
+        self.use_cache = not config.gradient_checkpointing
         model.eval()  # dropout would make the trainer another policy than the one that sampled
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -186,7 +188,7 @@ class Policy(torch.nn.Module):
         positions = self.positions(inputs, images)                        # ([3,] P, W_p)
         cache = Cache(layer_class_to_replicate=StoredLayer)
         states = self.body(**inputs, **images, position_ids=positions,    # (P, W_p, H)
-                           use_cache=True, past_key_values=cache)
+                           use_cache=self.use_cache, past_key_values=cache)
         tensors = [states[:, -1:]]
         for layer in cache.layers:
             tensors += [layer.keys, layer.values]
@@ -214,7 +216,7 @@ class Policy(torch.nn.Module):
             positions = prompts.positions[..., prompt_of, :] + own_mask.cumsum(1)
         states = self.body(                                               # (b, kept, H)
             **inputs, **later_images, attention_mask=full_mask, position_ids=positions,
-            use_cache=True, past_key_values=cache)
+            use_cache=self.use_cache, past_key_values=cache)
         before_first = last_states[prompt_of].to(states.dtype)            # (b, 1, H)
         states = torch.cat([before_first, states], 1)                     # (b, 1 + kept, H)
         return states[:, :W_c][trained]                                   # (N, H)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, PaliGemmaConfig
+from transformers import AutoModelForImageTextToText, PaliGemmaConfig, modeling_layers
 from vllm.distributed.weight_transfer import ParamMeta
 
 from batch import MultimodalBatch
@@ -65,6 +65,24 @@ def test_a_step_trains_the_vision_tower_and_sharing_changes_nothing(checkpoints,
     assert len(trained) >= 0.8 * len(names.intersection(shared_grad)) > 0
     assert relative_difference(trained, {n: other_grad[n] for n in trained}) > 0.1
     assert (plain - other)[:5].abs().max() > 1e-2  # the rows that see images
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if name not in UNSHARED])
+def test_prompts_are_shared_under_gradient_checkpointing(checkpoints, name, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(modeling_layers.logger, "warning_once", warnings.append)
+    plain, saving = (make_trainer(str(checkpoints / name), share_prompt=True, micro_batch_size=2,
+                                  gradient_checkpointing=saves) for saves in (False, True))
+    calls = []
+    for trainer in (plain, saving):
+        for module in trainer.model.modules():
+            if isinstance(module, modeling_layers.GradientCheckpointingLayer):
+                module.register_forward_pre_hook(
+                    lambda *_, caller=trainer: calls.append(caller))
+    outputs = outputs_of(plain)
+    calls.clear()
+    assert relative_difference(gradients(plain, outputs), gradients(saving, outputs)) < 1e-5
+    assert calls.count(saving) > calls.count(plain) and not warnings
 
 
 @pytest.mark.parametrize("name", FAMILIES)
