@@ -31,6 +31,7 @@ from support.server_flags import server_config
 from support.text import plain, print_plainly
 
 STARTS = 3  # attempts at bringing a lost server back
+PACKED_BYTES = 2**26  # of weights that travel together
 # How workers say that a weight is none of their model's, by its name or by its shape.
 NOT_ITS_WEIGHT = r"no module or parameter named|torch\.Size|size of tensor|dimension|shape"
 
@@ -200,7 +201,7 @@ class Server:
             port = probe.getsockname()[1]
         return nccl_engine.NCCLTrainerWeightTransferEngine.trainer_init(
             nccl_engine.NCCLTrainerInitInfo(address, port, workers + 1, rank=0,
-                                            packed=self.config.backend == "nccl"), **ends)
+                                            packed_buffer_size_bytes=PACKED_BYTES), **ends)
 
     def keeps_a_head(self) -> bool:
         """Whether the server has a head of its own also where the files tie it to the embedding.

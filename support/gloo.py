@@ -21,10 +21,18 @@ class Gloo:
         self.group = None
 
 
+class NoStream:
+    """In the place of a CUDA stream: what was begun has ended."""
+
+    def synchronize(self) -> None:
+        return None
+
+
 def use_gloo() -> None:
     """Put gloo in the place of NCCL, in this process."""
-    from vllm.distributed.weight_transfer import nccl_common
+    from vllm.distributed.weight_transfer import nccl_common, packed_tensor
     nccl_common.stateless_init_process_group = Gloo
+    packed_tensor._get_streams = lambda _, count: [NoStream()] * count
     torch.accelerator.current_device_index = no_device
     torch.cuda.current_stream = no_device
 
